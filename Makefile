@@ -1,0 +1,31 @@
+# make demo    train a small GPT-2 on this machine, about 5 minutes on 2 CPU cores
+# make test    run the tests
+# make lint    check style
+# make install only set up .venv, which the others do as well
+
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := runs/pretrain_quickstart
+
+.PHONY: install demo test lint
+.DEFAULT_GOAL := demo
+
+install: $(BIN)/.installed
+
+$(BIN)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "llmkit needs Python 3.11 or newer: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: install
+	rm -rf $(DEMO)
+	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py --output_dir $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

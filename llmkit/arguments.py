@@ -1,0 +1,272 @@
+"""What a recipe can be told, and how: a flat YAML file, and the command line over it."""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from huggingface_hub.errors import StrictDataclassError
+from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+
+from llmkit.configuration_gpt2 import GPT2Config
+from llmkit.errors import UserError
+
+
+@dataclass
+class DataArguments:
+    """Where the text comes from and how it becomes tokens. With no source given: the standard library's own code."""
+
+    text_files: list[str] | None = field(
+        default=None, metadata={"help": "Paths or globs of text, .jsonl or .parquet files, e.g. 'books/*.txt'."}
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a local folder."})
+    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration, if it has any."})
+    dataset_split: str = field(default="train", metadata={"help": "The split that is tokenized."})
+    text_column: str = field(default="text", metadata={"help": "The column of a dataset that holds the text."})
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset while downloading it."})
+    tokenizer: str = field(
+        default="bpe",
+        metadata={"help": "'bpe' or 'character': trained on the text. Else the name or folder of an existing one."},
+    )
+    vocab_size: int = field(default=4096, metadata={"help": "Size of a 'bpe' tokenizer that is trained."})
+    data_dir: str | None = field(
+        default=None,
+        metadata={"help": "Where tokenizer and shards are kept; by default a folder in data/ named by its content."},
+    )
+    validation_fraction: float = field(default=0.01, metadata={"help": "Fraction of the text held out."})
+    validation_split: Literal["document", "tail"] = field(
+        default="document", metadata={"help": "Hold out whole documents, or the end of each ('tail')."}
+    )
+
+
+@dataclass
+class ModelArguments:
+    """The model's shape: a preset's, or its own where stated."""
+
+    preset: str | None = field(default=None, metadata={"help": "124M, 355M, 774M, 1558M or gpt3-125M."})
+    init_from: str | None = field(
+        default=None, metadata={"help": "Start from this checkpoint's weights, e.g. openai-community/gpt2."}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "Context length in tokens (n_positions)."})
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    dropout: float = field(default=0.0, metadata={"help": "For embeddings, attention weights and residuals."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa, eager, flex_attention or, where installed, flash_attention_2."}
+    )
+
+    def config(self) -> GPT2Config:
+        """The model's configuration, but for the vocabulary: see `GPT2Config.for_tokenizer`.
+
+        Raises:
+            UserError: sizes that make no model, or a shape together with `init_from`.
+        """
+        shape = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "n_positions": self.block_size}
+        shape = {key: value for key, value in shape.items() if value is not None}
+        if bad := [f"{key}={value}" for key, value in shape.items() if value < 1]:
+            raise UserError(f"{', '.join(bad)}: must be at least 1")
+        dropout = {"embd_pdrop": self.dropout, "attn_pdrop": self.dropout, "resid_pdrop": self.dropout}
+        rest = {**dropout, "attn_implementation": self.attn_implementation}
+        try:
+            if self.init_from is None:
+                return GPT2Config.from_preset(self.preset or "124M", **shape, **rest)
+            if self.preset or shape.keys() - {"n_positions"}:
+                raise UserError("init_from brings its own shape: leave out preset, n_layer, n_head and n_embd")
+            return GPT2Config.from_pretrained(self.init_from, **rest)
+        except StrictDataclassError as error:
+            raise UserError(str(error.__cause__)) from error
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+
+
+@dataclass
+class PretrainArguments(TrainingArguments):
+    """TrainingArguments with the batch stated in tokens, and with what the machine is good for chosen by itself."""
+
+    total_batch_tokens: int = field(
+        default=524_288, metadata={"help": "Tokens per step over all ranks; accumulation is derived."}
+    )
+    sample_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts continued at each evaluation, to watch the model learn."}
+    )
+    sample_tokens: int = field(default=64, metadata={"help": "Length of those samples, in tokens."})
+
+    # Chosen from the machine where not stated.
+    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; default: where it is fast."})
+    torch_compile: bool | None = field(default=None, metadata={"help": "torch.compile; default: on NVIDIA GPUs."})
+
+    # Other defaults than Trainer's, each for a reason.
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses. Off: it costs a synchronisation a step, and hides NaN."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every parameter is used in every step, so DDP need not look."}
+    )
+    use_cache: bool = field(
+        default=True, metadata={"help": "Saved in config.json for generation; training with targets makes no cache."}
+    )
+
+    def __post_init__(self):
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+        on_cuda = device.type == "cuda" and not self.use_cpu
+        self.use_cpu = self.use_cpu or device.type == "cpu"
+        if self.bf16 is None and not self.fp16:
+            # A CPU has bfloat16 matrix products in hardware (AMX) or is slower with them than with float32.
+            on_amx = self.use_cpu and torch.cpu.get_capabilities().get("amx_bf16", False)
+            self.bf16 = on_amx or (on_cuda and is_torch_bf16_gpu_available())
+        if self.torch_compile is None:
+            self.torch_compile = on_cuda
+        if self.tf32 is None and on_cuda and is_torch_tf32_available():
+            self.tf32 = True
+        if self.use_cpu:
+            use_all_cores()
+        super().__post_init__()
+        if "wandb" in self.report_to:
+            use_wandb_offline_without_login()
+        for name in ("total_batch_tokens", "per_device_train_batch_size", "per_device_eval_batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.gradient_accumulation_steps != 1:
+            raise UserError("gradient_accumulation_steps is derived from total_batch_tokens: leave it out")
+        if self.label_smoothing_factor:
+            raise UserError("label_smoothing_factor is not supported: the loss never makes the logits it smooths")
+
+    def set_accumulation(self, block_size: int) -> None:
+        """Derive `gradient_accumulation_steps` from `total_batch_tokens` for windows of `block_size` tokens.
+
+        Raises:
+            UserError: they do not divide; the line proposes sizes that do.
+        """
+        total, batch_size, ranks = self.total_batch_tokens, self.per_device_train_batch_size, self.world_size
+        micro = batch_size * block_size * ranks
+        if total % micro == 0:
+            self.gradient_accumulation_steps = total // micro
+            return
+        proposals = [n for n in (total // micro * micro, -(-total // micro) * micro) if n]
+        text = f"take total_batch_tokens {' or '.join(map(str, proposals))}"
+        if fitting := [size for size in range(1, batch_size) if total % (size * block_size * ranks) == 0]:
+            text += f", or per_device_train_batch_size {fitting[-1]}"
+        raise UserError(
+            f"total_batch_tokens={total} is not a multiple of {micro}, which is {batch_size} windows of {block_size} "
+            f"tokens on each of {ranks} rank(s): {text}"
+        )
+
+
+def use_all_cores() -> None:
+    """Give this rank its share of the machine's cores: `accelerate launch` leaves it one, where it is not told."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if torch.get_num_threads() == 1:
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def use_wandb_offline_without_login() -> None:
+    """Where nobody is logged in, wandb writes under ./wandb for a later `wandb sync`, in place of an error."""
+    import wandb
+
+    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
+        os.environ["WANDB_MODE"] = "offline"
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys without a word; this says so."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise UserError(f"{self.name}, line {key_node.start_mark.line + 1}: key {key!r} stands there twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+class RecipeParser(HfArgumentParser):
+    """Reads a recipe: `--config FILE.yaml`, and any field as `--field value`, which wins over the file.
+
+    A YAML value is read as if it stood on the command line, so that both know the same types: `6e-4` is a number
+    (plain YAML calls it text), and `max_steps: many` is an error that names the file and the key.
+
+    Args:
+        dataclass_types: the dataclasses to fill.
+        default_config: the file that is read where no `--config` is given.
+    """
+
+    def __init__(self, dataclass_types, default_config: Path | str):
+        super().__init__(dataclass_types, allow_abbrev=False)
+        self.add_argument("--config", default=str(default_config), help="recipe to run, a YAML file")
+        self.source = ""
+
+    def error(self, message: str):
+        raise UserError(self.source + message.removeprefix("argument "))
+
+    def parse(self, argv: list[str]) -> tuple:
+        """The filled dataclasses, in the order of `dataclass_types`.
+
+        Raises:
+            UserError: an unknown or repeated key, a value of the wrong type, an unreadable file.
+        """
+        option = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        option.add_argument("--config", default=self.get_default("config"))
+        option.error = self.error
+        config = option.parse_known_args(argv)[0].config
+
+        from_file = _read_yaml(config)
+        self._refuse_unknown([f"--{key}" for key in from_file], f"{config}: ", prefix="")
+        self.source = f"{config}: "
+        file_argv = [text for key, value in from_file.items() for text in _as_argv(key, value)]
+        self.parse_args(file_argv)
+        self.source = ""
+        self._refuse_unknown(self.parse_known_args(argv)[1], "", prefix="--")
+        # HfArgumentParser would also read a file next to the script, and lists unknown arguments at length.
+        *parsed, _ = self.parse_args_into_dataclasses(file_argv + argv, look_for_args_file=False)
+        return tuple(parsed)
+
+    def _refuse_unknown(self, options: list[str], source: str, prefix: str) -> None:
+        known = [option for action in self._actions for option in action.option_strings]
+        for option in options:
+            name = option.split("=")[0]
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {prefix}{close[0].lstrip('-')}?" if close else "see --help for what there is"
+                raise UserError(f"{source}unknown argument {prefix}{name.lstrip('-')}: {hint}")
+
+
+def _read_yaml(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.load(file, _UniqueKeyLoader)
+    except OSError as error:
+        raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a recipe is a list of `key: value` lines")
+    return content
+
+
+def _as_argv(key, value) -> list[str]:
+    if value is None:
+        return []
+    if isinstance(value, dict):
+        return [f"--{key}", json.dumps(value)]
+    if isinstance(value, list):
+        return [f"--{key}", *map(str, value)] if value else []
+    return [f"--{key}={value}"]
+
+
+def changed_arguments(arguments) -> dict:
+    """The fields of a dataclass that differ from their defaults."""
+    changed = {}
+    for f in dataclasses.fields(arguments):
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if (value := getattr(arguments, f.name)) != default:
+            changed[f.name] = value
+    return changed

@@ -1,0 +1,179 @@
+"""What a run does beside training: measure its speed, print a progress line, sample, stop on a signal."""
+
+import signal
+import sys
+import textwrap
+import time
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import TrainerState
+
+from llmkit.record import JsonlLog
+
+# Dense bfloat16 matrix peak, FLOP/s, from NVIDIA's datasheets. The first name found in the device's name counts, so
+# longer names come first. A GPU that is not listed has no MFU rather than a wrong one.
+PEAK_FLOPS = {
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "RTX 5090": 210e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """The device's bfloat16 peak in FLOP/s where it is known, else None."""
+    if device.type != "cuda":
+        return None
+    device_name = torch.cuda.get_device_name(device)
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+
+
+class Throughput(TrainerCallback):
+    """Tokens per second over all ranks and, where the GPU's peak is known, MFU, between two logged steps.
+
+    Evaluation, saving and sampling are not counted: the clock starts with the first step after a log.
+
+    Args:
+        tokens_per_step: over all ranks.
+        flops_per_token: forward and backward.
+        peak: FLOP/s of all ranks together, None where unknown.
+    """
+
+    def __init__(self, tokens_per_step: int, flops_per_token: int, peak: float | None):
+        self.tokens_per_step = tokens_per_step
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self.started: float | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.started is None:
+            self.started, self.first_step = time.perf_counter(), state.global_step
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Figures for the steps since the last call; call it right after the loss was read from the device."""
+        if self.started is None:
+            return {}
+        seconds = time.perf_counter() - self.started
+        self.started = None
+        speed = (step - self.first_step) * self.tokens_per_step / seconds
+        mfu = {"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}
+        return {"tokens_per_second": speed, **mfu}
+
+
+class ProgressLine(TrainerCallback):
+    """A progress bar where there is a terminal, and a line per log that a person can read."""
+
+    FORMATS = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "lr {:.2e}",
+        "grad_norm": "grad norm {:.2f}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "mfu": "mfu {:.1%}",
+        "eval_loss": "validation loss {:.4f}",
+        "eval_perplexity": "perplexity {:.2f}",
+        "eval_bits_per_byte": "{:.4f} bits/byte",
+    }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        disable = None if state.is_world_process_zero else True  # None: only where stderr is not a terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=disable)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_log(self, args, state: TrainerState, control, logs=None, **kwargs):
+        shown = [text.format(logs[key]) for key, text in self.FORMATS.items() if key in logs]
+        if state.is_world_process_zero and shown:
+            say(f"step {state.global_step:>6,}/{state.max_steps:,} | " + " | ".join(shown))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+def say(line: str) -> None:
+    """Print above the progress bar, at once also where output goes to a file."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Samples(TrainerCallback):
+    """Continues fixed prompts at each evaluation: prints them and keeps them in the JSONL log.
+
+    The sampling has a seed of its own, so it neither changes the training's random numbers nor differs by rank.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, log: JsonlLog):
+        self.tokenizer = tokenizer
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.log = log
+
+    def on_evaluate(self, args, state, control, model: PreTrainedModel, **kwargs):
+        # Sharded parameters are gathered by every rank or by none: with FSDP all ranks sample the same text.
+        if not (state.is_world_process_zero or args.fsdp_plugin_args):
+            return
+        for prompt in self.prompts:
+            text = self.sample(model, prompt)
+            if state.is_world_process_zero:
+                say(textwrap.indent(text, "    | "))
+                self.log.write(state.global_step, {"prompt": prompt, "sample": text})
+
+    def sample(self, model: PreTrainedModel, prompt: str) -> str:
+        """The prompt with its continuation."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+        room = model.config.n_positions - inputs["input_ids"].shape[1]
+        training = model.training
+        model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(0)
+            output = model.generate(
+                **inputs,
+                max_new_tokens=max(1, min(self.max_new_tokens, room)),
+                do_sample=True,
+                temperature=0.8,
+                top_k=50,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
+        model.train(training)
+        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM (a scheduler's notice, `kill`): saves a checkpoint at the end of a step, and stops.
+
+    The ranks get the signal at different steps, so they agree on one: their flags are summed, at logged steps only,
+    since the sum waits for the device.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, signum, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not control.should_log and args.world_size > 1:
+            return
+        flag = torch.tensor(int(self.received), device=args.device)
+        if self.accelerator.reduce(flag, reduction="sum").item():
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous)

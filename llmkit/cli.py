@@ -1,0 +1,156 @@
+"""The `llmkit` command: the steps before training, for data that is worth preparing on its own.
+
+    llmkit tokenizer train --output my_tokenizer --text_files 'books/*.txt'
+    llmkit shards prepare --output my_shards --tokenizer my_tokenizer --text_files 'books/*.txt'
+
+The flags have the names of the recipes' fields.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from llmkit.errors import UserError, exit_on_user_error
+
+# Libraries are imported inside the commands: `llmkit --help` need not wait for torch.
+
+DEFAULT_VOCAB_SIZE = 8192
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake as everything here does, in one line and not below a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; a user's mistake ends it with one line and status 2."""
+    args = _parser().parse_args(argv)
+    args.command(args)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="llmkit", description="Prepare tokenizers and token shards for the recipes.")
+    nouns = parser.add_subparsers(metavar="{tokenizer,shards}", required=True)
+
+    verbs = nouns.add_parser("tokenizer", help="make a tokenizer").add_subparsers(metavar="{train}", required=True)
+    train = verbs.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
+    train.add_argument("--output", required=True, help="folder for the tokenizer")
+    train.add_argument(
+        "--kind",
+        choices=("bpe", "character"),
+        default="bpe",
+        help="a byte-level BPE (default), or one token a character",
+    )
+    train.add_argument("--vocab_size", type=int, help=f"number of tokens of a BPE (default: {DEFAULT_VOCAB_SIZE})")
+    train.add_argument(
+        "--max_documents", type=int, help="learn from so many only; a gigabyte of text is plenty (default: all)"
+    )
+    _add_corpus_flags(train)
+    train.set_defaults(command=_train_tokenizer)
+
+    verbs = nouns.add_parser("shards", help="turn text into tokens").add_subparsers(metavar="{prepare}", required=True)
+    prepare = verbs.add_parser("prepare", help="tokenize text into shards for training", allow_abbrev=False)
+    prepare.add_argument("--output", required=True, help="folder for the shards")
+    prepare.add_argument("--tokenizer", required=True, help="a tokenizer's folder, or its name on the Hub")
+    _add_corpus_flags(prepare)
+    prepare.add_argument(
+        "--validation_fraction", type=float, default=0.01, help="part of the text to hold out (default: 0.01)"
+    )
+    prepare.add_argument(
+        "--validation_split",
+        choices=("document", "tail"),
+        default="document",
+        help="hold out whole documents (default), or the end of each one, for one long text",
+    )
+    prepare.add_argument("--num_workers", type=int, help="threads that tokenize (default: all cores)")
+    prepare.add_argument(
+        "--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100_000_000)"
+    )
+    prepare.set_defaults(command=_prepare_shards)
+    return parser
+
+
+def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
+    corpus = parser.add_argument_group(
+        "text", "Without files and without a dataset: the Python standard library's own sources."
+    )
+    corpus.add_argument("--text_files", nargs="+", help="paths or globs: text, .jsonl, .parquet")
+    corpus.add_argument("--dataset_name", help="a dataset's name on the Hub, or a local folder")
+    corpus.add_argument("--dataset_config", help="its configuration, such as sample-10BT")
+    corpus.add_argument("--dataset_split", default="train", help="its split (default: train)")
+    corpus.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
+    corpus.add_argument("--streaming", action="store_true", help="read a dataset while it downloads")
+
+
+def _open_corpus(args: argparse.Namespace):
+    from llmkit.corpus import open_corpus
+
+    return open_corpus(
+        text_files=args.text_files,
+        dataset_name=args.dataset_name,
+        dataset_config=args.dataset_config,
+        dataset_split=args.dataset_split,
+        text_column=args.text_column,
+        streaming=args.streaming,
+    )
+
+
+def _train_tokenizer(args: argparse.Namespace) -> None:
+    output = Path(args.output)
+    if output.is_file() or (output / "tokenizer.json").exists():
+        raise UserError(f"output: {output} is a file or holds a tokenizer already: choose another folder or delete it")
+    if args.kind == "character" and args.vocab_size is not None:
+        raise UserError("vocab_size is for --kind bpe: the size of a character vocabulary follows from the text")
+    if args.max_documents is not None and args.max_documents < 1:
+        raise UserError(f"max_documents is {args.max_documents}: give 1 or more, or leave it out")
+    corpus = _open_corpus(args)
+
+    from tqdm import tqdm
+
+    from llmkit.tokenizer import document_encoder, split_document, train_bpe_tokenizer, train_character_tokenizer
+
+    start = time.perf_counter()
+    documents = itertools.islice(corpus.documents(), args.max_documents)
+    documents = tqdm(documents, desc="reading", unit=" documents", leave=False, disable=None)  # None: in a terminal
+    if args.kind == "bpe":
+        tokenizer = train_bpe_tokenizer(documents, DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size)
+    else:
+        tokenizer = train_character_tokenizer(documents)
+    seconds = time.perf_counter() - start
+    tokenizer.save_pretrained(output)
+
+    pieces = (piece for document in corpus.documents() for piece in split_document(document))
+    sample = list(itertools.islice(pieces, 100))
+    num_tokens = sum(len(encoding.ids) for encoding in document_encoder(tokenizer).encode_batch_fast(sample))
+    bytes_per_token = sum(len(piece.encode()) for piece in sample) / num_tokens
+    print(f"trained on {corpus.description} in {seconds:.1f} s")
+    print(f"{len(tokenizer):,} tokens, {bytes_per_token:.2f} bytes of text a token; saved in {output}")
+
+
+def _prepare_shards(args: argparse.Namespace) -> None:
+    corpus = _open_corpus(args)
+
+    from llmkit.shards import prepare_shards
+    from llmkit.tokenizer import load_tokenizer
+
+    manifest = prepare_shards(
+        corpus,
+        load_tokenizer(args.tokenizer),
+        args.output,
+        validation_fraction=args.validation_fraction,
+        validation_split=args.validation_split,
+        shard_tokens=args.shard_tokens,
+        num_workers=args.num_workers,
+    )
+    train, validation = manifest.splits["train"], manifest.splits["validation"]
+    print(f"{train.tokens:,} tokens to train on and {validation.tokens:,} for validation in {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""GPT-2's configuration, its published sizes, and what a model of each size costs."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+# Radford et al. 2019 (table 2) and Brown et al. 2020 (table 2.1): every size has 64-wide heads but the 1558M one,
+# whose 25 heads are 64 wide as well (1600 / 25).
+PRESETS = {
+    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "774M": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "gpt3-125M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 2048},
+}
+
+
+@strict
+class GPT2Config(PreTrainedConfig):
+    """The stock GPT-2 configuration (same names, same `model_type`) with dropout off unless asked for.
+
+    Keys that change the stock architecture (`add_cross_attention`, `scale_attn_by_inverse_layer_idx`,
+    `reorder_and_upcast_attn`, `scale_attn_weights`) are accepted with their stock default alone.
+    """
+
+    model_type = "gpt2"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    }
+
+    vocab_size: int = 50257
+    n_positions: int = 1024
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+    n_inner: int | None = None  # 4 * n_embd
+    activation_function: str = "gelu_new"
+    resid_pdrop: float | int = 0.0
+    embd_pdrop: float | int = 0.0
+    attn_pdrop: float | int = 0.0
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50256
+    pad_token_id: int | None = None
+    tie_word_embeddings: bool = True
+    # Stock switches that this model does not have, declared so that a checkpoint using one is refused, not misread.
+    add_cross_attention: bool = False
+    scale_attn_by_inverse_layer_idx: bool = False
+    reorder_and_upcast_attn: bool = False
+    scale_attn_weights: bool = True
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs) -> "GPT2Config":
+        """The configuration of a published size, e.g. `from_preset("124M", vocab_size=50257)`.
+
+        Raises:
+            ValueError: no such size.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **kwargs})
+
+    def validate_architecture(self):
+        """Checked by `@strict` when a configuration is made."""
+        super().validate_architecture()
+        if self.n_embd % self.n_head:
+            nearest = self.n_head * max(1, round(self.n_embd / self.n_head))
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+                f"take a multiple of n_head, such as n_embd={nearest}"
+            )
+        stock = {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
+        stock |= {"reorder_and_upcast_attn": False, "scale_attn_weights": True, "tie_word_embeddings": True}
+        for key, value in stock.items():
+            if getattr(self, key) != value:
+                raise ValueError(f"{key}={getattr(self, key)} is not supported: only {key}={value} is GPT-2")
+
+    def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "GPT2Config":
+        """A copy with the tokenizer's vocabulary size and special tokens."""
+        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        return type(self)(**{**self.to_dict(), "vocab_size": len(tokenizer), **ids})
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the model, the tied embedding counted once."""
+        inner = self.n_inner or 4 * self.n_embd
+        embeddings = (self.vocab_size + self.n_positions) * self.n_embd
+        attention = 4 * self.n_embd**2 + 4 * self.n_embd  # c_attn: C x 3C + 3C, c_proj: C x C + C
+        mlp = 2 * self.n_embd * inner + inner + self.n_embd
+        layer_norms = 2 * self.n_embd
+        return embeddings + self.n_layer * (attention + mlp + 2 * layer_norms) + layer_norms
+
+    def flops_per_token(self, sequence_length: int | None = None) -> int:
+        """Floating-point operations of forward and backward for one token in a sequence (default: a full block).
+
+        6 per parameter in a matrix product (2 forward, 4 backward; position embeddings are looked up, not
+        multiplied), and 12 * n_layer * n_embd * sequence_length for attention's two products, counted unmasked, as
+        in PaLM's appendix B (Chowdhery et al. 2022) and nanoGPT.
+        """
+        sequence_length = sequence_length or self.n_positions
+        matmul_parameters = self.num_parameters - self.n_positions * self.n_embd
+        return 6 * matmul_parameters + 12 * self.n_layer * self.n_embd * sequence_length

@@ -1,0 +1,61 @@
+"""What a user can mend is said in one line, without a traceback."""
+
+import errno
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+
+class UserError(ValueError):
+    """Something the user gave and can mend.
+
+    The message is one line: what was given, what is allowed, what to do. Line breaks, as in a quoted message of
+    another library, become spaces.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(" ".join(message.split()))
+
+
+def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate an entry point so that a user's mistake ends it with one line and status 2.
+
+    A full disk is told the same way, and Ctrl-C ends quietly with status 130. Any other exception is a defect and
+    keeps its traceback. Of several local ranks only the first one speaks.
+    """
+
+    @functools.wraps(main)
+    def wrapper(*args, **kwargs) -> None:
+        try:
+            main(*args, **kwargs)
+        except UserError as error:
+            _exit(str(error))
+        except KeyboardInterrupt:
+            sys.exit(130)
+        except Exception as error:
+            if (message := _disk_full(error)) is None:
+                raise
+            _exit(message)
+
+    return wrapper
+
+
+def _exit(message: str) -> NoReturn:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def _disk_full(error: BaseException | None) -> str | None:
+    """The line to print if `error`, or what caused it, is a full disk."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            where = f" while writing {error.filename}" if error.filename is not None else ""
+            return f"the disk is full{where}: free some space and start again"
+        # safetensors writes from Rust and raises its own exception, which has no errno.
+        if f"(os error {errno.ENOSPC})" in str(error):
+            return "the disk is full: free some space and start again"
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,220 @@
+"""Trainer for pretraining, extended at its seams: data loaders, the count of targets, evaluation, logging."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+
+from llmkit.arguments import PretrainArguments
+from llmkit.callbacks import ProgressLine, Samples, StopOnSignal, Throughput, peak_flops
+from llmkit.dataset import TokenWindows, WindowBatchSampler, collate_windows
+from llmkit.errors import UserError
+from llmkit.evaluation import loss_metrics
+from llmkit.loss import IGNORE_INDEX
+from llmkit.modeling_gpt2 import GPT2LMHeadModel
+from llmkit.record import JsonlLog, run_record
+
+
+class PretrainTrainer(Trainer):
+    """Trains on windows of token shards.
+
+    The batch of step s is a function of the seed and s alone: `WindowBatchSampler` orders all windows, and the ranks
+    and micro-batches of a step share out its part of that order. So the same text is trained at any number of ranks,
+    and a resumed run goes on where it stopped.
+
+    Args:
+        model: the model.
+        args: with `max_steps` or `num_train_epochs`; the accumulation is set from `total_batch_tokens`.
+        train_dataset, eval_dataset: windows of one block size.
+        processing_class: the tokenizer, saved with each checkpoint.
+
+    Raises:
+        UserError: a batch that cannot be shared out, or that is larger than the training set.
+    """
+
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        args: PretrainArguments,
+        train_dataset: TokenWindows,
+        eval_dataset: TokenWindows,
+        processing_class: transformers.PreTrainedTokenizerBase,
+    ):
+        block_size = train_dataset.block_size
+        args.set_accumulation(block_size)
+        if args.max_steps <= 0:
+            windows = args.num_train_epochs * len(train_dataset)
+            args.max_steps = max(1, round(windows * block_size / args.total_batch_tokens))
+        args.remove_unused_columns = False  # `shift_labels` reaches the model
+
+        peak = peak_flops(args.device) if args.bf16 else None
+        self.throughput = Throughput(
+            tokens_per_step=args.total_batch_tokens,
+            flops_per_token=model.config.flops_per_token(block_size),
+            peak=peak * args.world_size if peak else None,
+        )
+        log = JsonlLog(args.output_dir, run_record(args, model, train_dataset, eval_dataset))
+        callbacks = [self.throughput, log]
+        if args.sample_prompts:
+            callbacks.append(Samples(processing_class, args.sample_prompts, args.sample_tokens, log))
+        super().__init__(
+            model,
+            args,
+            data_collator=collate_windows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.add_callback(StopOnSignal(self.accelerator))
+        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
+        self.add_callback(ProgressLine)
+        self.evaluated_step = -1
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """All batches of the run as one epoch to Trainer; passes over the text are the sampler's business."""
+        args = self.args
+        sampler = WindowBatchSampler(
+            num_windows=len(self.train_dataset),
+            batch_size=args.per_device_train_batch_size,
+            num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=sampler))
+
+    def get_eval_dataloader(self, eval_dataset: TokenWindows | None = None) -> DataLoader:
+        dataset = eval_dataset or self.eval_dataset
+        batch_size = self.args.per_device_eval_batch_size
+        dataset = dataset.padded_to_multiple_of(batch_size * self.args.world_size)
+        return self.accelerator.prepare(self._loader(dataset, batch_size=batch_size))
+
+    def _loader(self, dataset: TokenWindows, **batching) -> DataLoader:
+        return DataLoader(
+            dataset,
+            collate_fn=collate_windows,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            **batching,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and its number of targets over all of them and all ranks.
+
+        Trainer counts where it finds `labels`; these batches have `shift_labels` alone.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = sum((batch["shift_labels"] != IGNORE_INDEX).sum() for batch in batches)
+        return batches, self.accelerator.reduce(targets, reduction="sum")
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Trainer's; asked again at the same step it does not do the work again."""
+        if eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.evaluated_step != self.state.global_step:
+            self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+            self.evaluated_step = self.state.global_step
+        return self.metrics
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Notes the batch's summed loss and its number of targets for `evaluation_loop`; returns nothing to gather."""
+        with torch.no_grad():
+            # Divided by one item: the sum. Logits of one position, for nobody looks at them here.
+            nats = model(**inputs, num_items_in_batch=1, logits_to_keep=1).loss
+        self.eval_sums.append(torch.stack([nats, (inputs["shift_labels"] != IGNORE_INDEX).sum()]))
+        return None, None, None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
+        """Trainer's loop, with the loss weighted by tokens over all batches and ranks (Trainer averages batches)."""
+        self.eval_sums = []  # of (nats, targets)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, tokens = self.accelerator.gather(torch.stack(self.eval_sums)).cpu().double().sum(dim=0).tolist()
+        metrics = loss_metrics(nats, int(tokens), dataloader.dataset.tokens_per_byte)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {"tokens": self.state.global_step * self.args.total_batch_tokens}
+            logs |= self.throughput.measure(self.state.global_step)
+        # Trainer's epoch is the whole run here. Passes over the text are what a reader means.
+        self.state.epoch = self.state.global_step * self.args.total_batch_tokens / self.train_tokens
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate "
+                f"({self.args.learning_rate}) or check the data, and resume from a checkpoint before this step"
+            )
+
+    @property
+    def train_tokens(self) -> int:
+        """Targets in one pass over the training set."""
+        return len(self.train_dataset) * self.train_dataset.block_size
+
+    def summary(self) -> str:
+        """What will be trained, on what and how, as a short table."""
+        args, config, data = self.args, self.model.config, self.train_dataset
+        batch = (
+            f"{args.per_device_train_batch_size} x {data.block_size} x {args.gradient_accumulation_steps} accumulated"
+        )
+        tokens = args.max_steps * args.total_batch_tokens
+        chosen = [f"{args.mixed_precision} autocast" if args.mixed_precision != "no" else "float32"]
+        chosen += ["TF32"] if args.tf32 else []
+        chosen += [f"{config._attn_implementation} attention", f"compile {'on' if args.torch_compile else 'off'}"]
+        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
+        rows = {
+            "model": f"{config.num_parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+            f"{config.n_embd} wide, {config.n_positions} context, {config.vocab_size:,} tokens",
+            "data": f"{data.num_tokens:,} tokens to train on, {self.eval_dataset.num_tokens:,} held out",
+            "step": f"{args.total_batch_tokens:,} tokens = {batch} x {args.world_size} rank(s)",
+            "run": f"{args.max_steps:,} steps = {tokens:,} tokens = {tokens / self.train_tokens:.2f} epochs",
+            "optimizer": f"{args.optim.value}, lr {args.learning_rate:g} {args.lr_scheduler_type.value}, "
+            f"weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}",
+            "machine": f"{args.world_size} x {device}, {', '.join(chosen)}",
+        }
+        return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def checkpoint_to_resume(args: PretrainArguments) -> str | None:
+    """The checkpoint folder that `--resume_from_checkpoint` means: a path, or `latest` of the run's own folder.
+
+    A checkpoint counts where its `trainer_state.json`, which is written last, is whole: one that a kill cut short is
+    passed over. `latest` in a folder without any starts afresh, so that a job which may be requeued can always say it.
+
+    Raises:
+        UserError: not a whole checkpoint; or a run is already there and nothing says to go on with it.
+    """
+    checkpoints = sorted(
+        Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1])
+    )
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        if checkpoints:
+            raise UserError(
+                f"{args.output_dir} holds the checkpoints of a run: add --resume_from_checkpoint latest to go on with "
+                "it, or take another --output_dir"
+            )
+        return None
+    if wanted != "latest":
+        if not _is_whole(Path(wanted)):
+            raise UserError(f"resume_from_checkpoint={wanted} is not a whole checkpoint folder: give one, or 'latest'")
+        return wanted
+    return next((str(path) for path in reversed(checkpoints) if _is_whole(path)), None)
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,66 @@
+"""Pretrain a GPT-2 from scratch: text -> tokenizer -> token shards -> Trainer -> a checkpoint that opens anywhere.
+
+accelerate launch recipes/pretrain.py                               # the quickstart: offline, on a laptop
+accelerate launch recipes/pretrain.py --config recipes/pretrain_gpt2_124m.yaml
+accelerate launch recipes/pretrain.py --text_files 'books/*.txt'    # any field of the recipe, over its file
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from llmkit import GPT2LMHeadModel
+from llmkit.arguments import DataArguments, ModelArguments, PretrainArguments, RecipeParser
+from llmkit.dataset import TokenWindows
+from llmkit.errors import exit_on_user_error
+from llmkit.pretraining_data import prepare_pretraining_data
+from llmkit.trainer import PretrainTrainer, checkpoint_to_resume
+
+
+@exit_on_user_error
+def main():
+    disable_progress_bar()  # of transformers' file reading and writing; the training has its own
+
+    # What to do. Everything that can be refused is refused here, before anything is written.
+    parser = RecipeParser(
+        (DataArguments, ModelArguments, PretrainArguments),
+        default_config=Path(__file__).with_name("pretrain_quickstart.yaml"),
+    )
+    data_args, model_args, args = parser.parse(sys.argv[1:])
+    config = model_args.config()
+    block_size = model_args.block_size or config.n_positions
+    args.set_accumulation(block_size)
+    resume_from = checkpoint_to_resume(args)
+
+    # Text -> tokenizer -> token shards, where they are not there yet. Of several ranks one works, the others wait.
+    tokenizer, manifest = prepare_pretraining_data(data_args)
+    train_windows = TokenWindows(manifest, "train", block_size)
+    validation_windows = TokenWindows(manifest, "validation", block_size)
+
+    # The model: the same weights on every rank, whatever happened before.
+    set_seed(args.seed)
+    if model_args.init_from:
+        model = GPT2LMHeadModel.from_pretrained(model_args.init_from, config=config)
+    else:
+        model = GPT2LMHeadModel(config.for_tokenizer(tokenizer))
+    tokenizer.model_max_length = config.n_positions
+
+    trainer = PretrainTrainer(model, args, train_windows, validation_windows, processing_class=tokenizer)
+    trainer.accelerator.print(trainer.summary())
+    trainer.train(resume_from_checkpoint=resume_from)
+    if trainer.state.global_step < args.max_steps:
+        trainer.accelerator.print("stopped by a signal, checkpoint saved: --resume_from_checkpoint latest goes on")
+        return
+
+    # A checkpoint in the run's folder itself, and on the Hub with `push_to_hub: true`.
+    trainer.evaluate()
+    trainer.save_model()
+    trainer.accelerator.print(f"saved {args.output_dir}")
+    trainer.accelerator.wait_for_everyone()  # no rank takes its connections away while another still saves
+    trainer.accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Recipes say what is wrong with them in one line, and every shipped one is right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkit.arguments import DataArguments, ModelArguments, PretrainArguments, RecipeParser
+from llmkit.errors import UserError
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SHIPPED = sorted(RECIPES.glob("pretrain_*.yaml"))
+
+
+def parse(path: Path, *argv: str):
+    return RecipeParser((DataArguments, ModelArguments, PretrainArguments), path).parse(list(argv))
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_recipes_are_shipped():
+    assert {"pretrain_quickstart", "pretrain_gpt2_124m", "pretrain_characters"} <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipe(path):
+    """Parses, makes a model, and its header does the arithmetic of its fields."""
+    data, model, args = parse(path)
+    config = model.config()
+    args.set_accumulation(model.block_size or config.n_positions)
+    assert Path(args.output_dir) == Path("runs") / path.stem
+    header = path.read_text().split("\n\n")[0]
+    tokens = args.max_steps * args.total_batch_tokens
+    assert f"{args.max_steps:,} steps x {args.total_batch_tokens:,} = " in header
+    scale, unit = (1e9, "B") if tokens >= 1e9 else (1e6, "M")
+    assert f"= {tokens / scale:.1f}{unit} tokens" in header
+
+
+def test_command_line_wins_and_types_are_read_alike(tmp_path):
+    path = recipe(
+        tmp_path, "learning_rate: 6e-4\nmax_steps: 10\nbf16: false\nsample_prompts: [a b, c]\noutput_dir: x\n"
+    )
+    _, _, args = parse(path, "--max_steps", "20", "--bf16", "true")
+    assert (args.learning_rate, args.max_steps, args.bf16, args.sample_prompts) == (6e-4, 20, True, ["a b", "c"])
+    assert parse(tmp_path / "missing", f"--config={path}")[2].max_steps == 10
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("max_step: 10", r"recipe.yaml: unknown argument max_step: did you mean max_steps\?"),
+        ("max_steps: 10\nseed: 1\nmax_steps: 20", "recipe.yaml.*line 3: key 'max_steps' stands there twice"),
+        ("max_steps: many", "recipe.yaml: --max_steps.*invalid int value: 'many'"),
+        ("max_steps: 1.5", "recipe.yaml: --max_steps.*invalid int value: '1.5'"),
+        ("max_steps: true", "recipe.yaml: --max_steps.*invalid int value: 'True'"),
+        ("bf16: perhaps", "recipe.yaml: --bf16.*perhaps"),
+        ("validation_split: half", "recipe.yaml: --validation_split.*'half'.*document.*tail"),
+        ("- a\n- b", "recipe.yaml: a recipe is"),
+        ("a: [", "recipe.yaml is not valid YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse(recipe(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_command_lines(tmp_path):
+    path = recipe(tmp_path, "output_dir: x\n")
+    for argv, message in [
+        (["--max-step", "3"], r"unknown argument --max-step: did you mean --max[-_]steps\?"),
+        (["--max_steps", "x"], "--max_steps.*invalid int value: 'x'"),
+        (["--config", str(tmp_path / "none.yaml")], "cannot read the recipe .*none.yaml: No such file"),
+        (["--gradient_accumulation_steps", "4"], "derived from total_batch_tokens"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is not supported"),
+        (["--total_batch_tokens", "0"], "total_batch_tokens=0: must be at least 1"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse(path, *argv)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"n_embd": 100, "n_head": 3}, "n_embd=100 is not divisible by n_head=3: take .* n_embd=99"),
+        ({"n_layer": 0}, "n_layer=0: must be at least 1"),
+        ({"preset": "117M"}, "unknown preset '117M': choose one of 124M"),
+        ({"init_from": "somewhere", "n_layer": 2}, "init_from brings its own shape"),
+    ],
+)
+def test_bad_models(model, message):
+    with pytest.raises(UserError, match=message):
+        ModelArguments(**model).config()
+
+
+def test_accumulation_is_derived_from_tokens(tmp_path):
+    args = PretrainArguments(output_dir=str(tmp_path), total_batch_tokens=4096, per_device_train_batch_size=4)
+    args.set_accumulation(block_size=256)
+    assert args.gradient_accumulation_steps == 4
+    args.total_batch_tokens = 5000
+    with pytest.raises(UserError, match="multiple of 1024.*total_batch_tokens 4096 or 5120$"):
+        args.set_accumulation(block_size=256)
+    args.total_batch_tokens = 256 * 6
+    with pytest.raises(UserError, match="total_batch_tokens 1024 or 2048, or per_device_train_batch_size 3$"):
+        args.set_accumulation(block_size=256)
+
+
+def test_precision_is_chosen_from_the_machine(tmp_path):
+    args = PretrainArguments(output_dir=str(tmp_path))
+    if not torch.cuda.is_available():
+        assert args.use_cpu and not args.torch_compile
+        assert args.bf16 == torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert not PretrainArguments(output_dir=str(tmp_path), bf16=False).bf16

@@ -1,0 +1,182 @@
+"""The Trainer trains what it says: the same loss however a step is cut up, exact resume, exact evaluation."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import set_seed
+
+from llmkit import GPT2Config, GPT2LMHeadModel
+from llmkit.arguments import PretrainArguments
+from llmkit.corpus import open_corpus
+from llmkit.dataset import TokenWindows
+from llmkit.errors import UserError
+from llmkit.shards import Manifest, prepare_shards
+from llmkit.tokenizer import train_bpe_tokenizer
+from llmkit.trainer import PretrainTrainer, checkpoint_to_resume
+
+BLOCK = 16
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> tuple[Manifest, object]:
+    """Shards of some text with enough documents for a split."""
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}\n" for n in range(30)))
+    corpus = open_corpus([str(folder / "*.txt")])
+    tokenizer = train_bpe_tokenizer(corpus.documents(), 300)
+    return prepare_shards(corpus, tokenizer, folder / "shards", validation_fraction=0.1), tokenizer
+
+
+def trainer(data, output_dir, **arguments) -> PretrainTrainer:
+    manifest, tokenizer = data
+    defaults = {"total_batch_tokens": 8 * BLOCK, "per_device_train_batch_size": 8, "max_steps": 6, "bf16": False}
+    defaults |= {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    args = PretrainArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **arguments})
+    set_seed(args.seed)
+    config = GPT2Config(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2).for_tokenizer(tokenizer)
+    windows = [TokenWindows(manifest, split, BLOCK) for split in ("train", "validation")]
+    return PretrainTrainer(GPT2LMHeadModel(config), args, *windows, processing_class=tokenizer)
+
+
+def losses(run: PretrainTrainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def weights(run: PretrainTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def test_accumulation_does_not_change_the_loss(data, tmp_path):
+    runs = []
+    for size in (8, 4, 1):
+        run = trainer(data, tmp_path / str(size), per_device_train_batch_size=size)
+        run.train()
+        assert run.args.gradient_accumulation_steps == 8 // size
+        runs.append(run)
+    assert losses(runs[0])[-1] < losses(runs[0])[0] - 0.5, "nothing was learned"
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=1e-6)
+
+
+def test_first_loss_is_the_models(data, tmp_path):
+    """Trainer's figure is the mean cross-entropy of the step's windows, and about ln(vocabulary) at the start."""
+    run = trainer(data, tmp_path, per_device_train_batch_size=2)
+    batches = list(run.get_train_dataloader())[:4]
+    with torch.no_grad():
+        logits = [run.model.eval()(batch["input_ids"]).logits for batch in batches]
+    targets = torch.cat([batch["shift_labels"] for batch in batches])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits).flatten(0, 1), targets.flatten()).item()
+    run.train()
+    assert losses(run)[0] == pytest.approx(expected, rel=1e-6)
+    assert losses(run)[0] == pytest.approx(math.log(300), abs=0.2)
+
+
+def test_resumed_run_ends_with_the_same_bits(data, tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "per_device_train_batch_size": 4}
+    whole = trainer(data, tmp_path / "whole", **how)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    again = trainer(data, tmp_path / "again", **how, resume_from_checkpoint="latest")
+    again.train(resume_from_checkpoint=checkpoint_to_resume(again.args))
+    assert losses(again)[-6:] == losses(whole)[-6:]
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(again)[name]), name
+
+
+def test_evaluation_is_weighted_by_tokens(data, tmp_path):
+    """The last window is short and the last batch filled up; neither may count for more than its tokens."""
+    run = trainer(data, tmp_path, per_device_eval_batch_size=7)
+    metrics = run.evaluate()
+    manifest, _ = data
+    windows = TokenWindows(manifest, "validation", BLOCK)
+    assert len(windows) % 7 and (windows.num_tokens - 1) % BLOCK, "this set would not show a mistake"
+    nats = tokens = 0.0
+    for window in windows:
+        with torch.no_grad():
+            logits = run.model(window["input_ids"][None]).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits, window["shift_labels"], reduction="sum").item()
+        tokens += (window["shift_labels"] != -100).sum().item()
+    assert tokens == windows.num_tokens - 1
+    assert metrics["eval_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    bits = nats / tokens * windows.num_tokens / math.log(2) / manifest.splits["validation"].bytes
+    assert metrics["eval_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_what_is_logged(data, tmp_path):
+    run = trainer(data, tmp_path, eval_strategy="steps", eval_steps=3, sample_prompts=["3 times"], sample_tokens=5)
+    run.train()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["run"]["data"]["train_tokens"] == run.train_dataset.num_tokens
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert {"learning_rate", "grad_norm", "tokens_per_second", "tokens", "epoch"} <= line.keys()
+        assert line["tokens"] == line["step"] * 8 * BLOCK
+        assert line["epoch"] == pytest.approx(line["tokens"] / run.train_tokens)
+        assert "mfu" not in line, "a CPU's peak is not known"
+    assert [line["step"] for line in lines if "eval_bits_per_byte" in line] == [3, 6]
+    samples = [line["sample"] for line in lines if "sample" in line]
+    assert len(samples) == 2 and all(text.startswith("3 times") for text in samples)
+
+
+def test_samples_leave_training_alone(data, tmp_path):
+    plain = trainer(data, tmp_path / "a", eval_strategy="steps", eval_steps=2)
+    sampled = trainer(data, tmp_path / "b", eval_strategy="steps", eval_steps=2, sample_prompts=["1 times"])
+    plain.train()
+    sampled.train()
+    assert losses(plain) == losses(sampled)
+
+
+def test_summary_states_the_run(data, tmp_path):
+    text = trainer(data, tmp_path, per_device_train_batch_size=2).summary()
+    assert "128 tokens = 2 x 16 x 4 accumulated x 1 rank(s)" in text
+    assert "6 steps = 768 tokens" in text
+    assert f"{data[0].splits['train'].tokens:,} tokens to train on" in text
+
+
+def test_epochs_become_steps(data, tmp_path):
+    run = trainer(data, tmp_path, max_steps=-1, num_train_epochs=2)
+    assert run.args.max_steps == round(2 * len(run.train_dataset) / 8)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
+    run = trainer(data, tmp_path, learning_rate=1e30, max_grad_norm=0.0)
+    with pytest.raises(UserError, match="the loss is (nan|inf) at step .*: lower learning_rate"):
+        run.train()
+
+
+def test_checkpoints_to_resume(tmp_path):
+    def args(**arguments) -> PretrainArguments:
+        return PretrainArguments(output_dir=str(tmp_path / "run"), **arguments)
+
+    def checkpoint(step: int, state: str) -> Path:
+        folder = tmp_path / "run" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text(state)
+        return folder
+
+    assert checkpoint_to_resume(args()) is None
+    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) is None
+    whole = checkpoint(90, '{"global_step": 90}')
+    cut_short = checkpoint(100, '{"global_st')
+    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(whole)
+    assert checkpoint_to_resume(args(resume_from_checkpoint=str(whole))) == str(whole)
+    with pytest.raises(UserError, match="checkpoint-100 is not a whole checkpoint"):
+        checkpoint_to_resume(args(resume_from_checkpoint=str(cut_short)))
+    with pytest.raises(UserError, match="holds the checkpoints of a run.*--resume_from_checkpoint latest"):
+        checkpoint_to_resume(args())
+
+
+def test_resuming_on_other_data_is_refused(data, tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(data, tmp_path, **how).train()
+    run = trainer(data, tmp_path, **how)
+    run.train_dataset.manifest.settings["corpus"] = "another"
+    with pytest.raises(UserError, match="was trained on other data"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
