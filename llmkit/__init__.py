@@ -1,7 +1,12 @@
 """llmkit: train a GPT-2 from scratch and fine-tune a small language model with the Hugging Face stack."""
 
+import logging
+
 __version__ = "0.1.0"
 __all__ = ["GPT2Config", "GPT2LMHeadModel"]
+
+# peft imports bitsandbytes whatever is trained, and its advice on kernels would be the first line of every run.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def __getattr__(name):

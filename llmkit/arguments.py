@@ -13,10 +13,11 @@ import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import HfArgumentParser, TrainingArguments
-from transformers.utils import is_torch_bf16_gpu_available, is_torch_tf32_available
+from transformers.utils import is_torch_tf32_available
 
 from llmkit.configuration_gpt2 import GPT2Config
 from llmkit.errors import UserError
+from llmkit.hardware import bf16_is_fast, set_up_cpu
 
 
 @dataclass
@@ -115,19 +116,9 @@ class PretrainArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-        on_cuda = device.type == "cuda" and not self.use_cpu
-        self.use_cpu = self.use_cpu or device.type == "cpu"
-        if self.bf16 is None and not self.fp16:
-            # A CPU has bfloat16 matrix products in hardware (AMX) or is slower with them than with float32.
-            on_amx = self.use_cpu and torch.cpu.get_capabilities().get("amx_bf16", False)
-            self.bf16 = on_amx or (on_cuda and is_torch_bf16_gpu_available())
+        device_type = choose_precision(self)
         if self.torch_compile is None:
-            self.torch_compile = on_cuda
-        if self.tf32 is None and on_cuda and is_torch_tf32_available():
-            self.tf32 = True
-        if self.use_cpu:
-            use_all_cores()
+            self.torch_compile = device_type == "cuda"
         super().__post_init__()
         if "wandb" in self.report_to:
             use_wandb_offline_without_login()
@@ -160,11 +151,22 @@ class PretrainArguments(TrainingArguments):
         )
 
 
-def use_all_cores() -> None:
-    """Give this rank its share of the machine's cores: `accelerate launch` leaves it one, where it is not told."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if torch.get_num_threads() == 1:
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+def choose_precision(args: TrainingArguments) -> str:
+    """Set what is not stated, `use_cpu`, `bf16` and `tf32`, from the machine, and set up its CPU if it trains on that.
+
+    Returns:
+        The type of the device that will be trained on.
+    """
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    args.use_cpu = args.use_cpu or device.type == "cpu"
+    device_type = "cpu" if args.use_cpu else device.type
+    if args.bf16 is None:
+        args.bf16 = not args.fp16 and bf16_is_fast(device_type)
+    if args.tf32 is None and device_type == "cuda" and is_torch_tf32_available():
+        args.tf32 = True
+    if args.use_cpu:
+        set_up_cpu()
+    return device_type
 
 
 def use_wandb_offline_without_login() -> None:
@@ -173,6 +175,7 @@ def use_wandb_offline_without_login() -> None:
 
     if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
         os.environ["WANDB_MODE"] = "offline"
+        wandb.teardown()  # it reads its environment once, and has just done so
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):

@@ -6,39 +6,14 @@ import textwrap
 import time
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import TrainerState
 
+from llmkit.errors import UserError
 from llmkit.record import JsonlLog
-
-# Dense bfloat16 matrix peak, FLOP/s, from NVIDIA's datasheets. The first name found in the device's name counts, so
-# longer names come first. A GPU that is not listed has no MFU rather than a wrong one.
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """The device's bfloat16 peak in FLOP/s where it is known, else None."""
-    if device.type != "cuda":
-        return None
-    device_name = torch.cuda.get_device_name(device)
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name), None)
 
 
 class Throughput(TrainerCallback):
@@ -62,13 +37,18 @@ class Throughput(TrainerCallback):
         if self.started is None:
             self.started, self.first_step = time.perf_counter(), state.global_step
 
-    def measure(self, step: int) -> dict[str, float]:
-        """Figures for the steps since the last call; call it right after the loss was read from the device."""
+    def measure(self, step: int, tokens: int | None = None) -> dict[str, float]:
+        """Figures for the steps since the last call; call it right after the loss was read from the device.
+
+        Args:
+            tokens: of those steps, where not all steps have `tokens_per_step`.
+        """
         if self.started is None:
             return {}
         seconds = time.perf_counter() - self.started
         self.started = None
-        speed = (step - self.first_step) * self.tokens_per_step / seconds
+        tokens = (step - self.first_step) * self.tokens_per_step if tokens is None else tokens
+        speed = tokens / seconds
         mfu = {"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}
         return {"tokens_per_second": speed, **mfu}
 
@@ -113,17 +93,31 @@ class Samples(TrainerCallback):
     """Continues fixed prompts at each evaluation: prints them and keeps them in the JSONL log.
 
     The sampling has a seed of its own, so it neither changes the training's random numbers nor differs by rank.
+
+    Args:
+        context: the model's context length in tokens.
+
+    Raises:
+        UserError: a prompt that leaves no room in the context.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, log: JsonlLog):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, context: int, log: JsonlLog
+    ):
+        for prompt in prompts:
+            if (length := len(tokenizer(prompt)["input_ids"])) >= context:
+                raise UserError(
+                    f"the sample prompt {prompt[:20]!r} has {length} tokens, the model's context {context}: shorten it"
+                )
         self.tokenizer = tokenizer
+        self.context = context
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.log = log
 
     def on_evaluate(self, args, state, control, model: PreTrainedModel, **kwargs):
-        # Sharded parameters are gathered by every rank or by none: with FSDP all ranks sample the same text.
-        if not (state.is_world_process_zero or args.fsdp_plugin_args):
+        # Where each rank holds a part of the model (FSDP), all of them have to sample, or none.
+        if not (state.is_world_process_zero or AcceleratorState().distributed_type == DistributedType.FSDP):
             return
         for prompt in self.prompts:
             text = self.sample(model, prompt)
@@ -134,14 +128,14 @@ class Samples(TrainerCallback):
     def sample(self, model: PreTrainedModel, prompt: str) -> str:
         """The prompt with its continuation."""
         inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
-        room = model.config.n_positions - inputs["input_ids"].shape[1]
+        room = self.context - inputs["input_ids"].shape[1]
         training = model.training
         model.eval()
         with torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(0)
             output = model.generate(
                 **inputs,
-                max_new_tokens=max(1, min(self.max_new_tokens, room)),
+                max_new_tokens=min(self.max_new_tokens, room),
                 do_sample=True,
                 temperature=0.8,
                 top_k=50,

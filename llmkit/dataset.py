@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from llmkit.errors import UserError
-from llmkit.shards import Manifest, load_manifest
+from llmkit.manifest import Manifest, load_manifest
 
 IGNORED = -100  # the label that losses leave out
 

@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from llmkit.arguments import DataArguments
 from llmkit.corpus import Corpus, open_corpus
 from llmkit.errors import UserError
-from llmkit.shards import MANIFEST, Manifest, load_manifest, prepare_shards
+from llmkit.manifest import MANIFEST, Manifest, load_manifest
+from llmkit.shards import prepare_shards
 from llmkit.tokenizer import load_tokenizer, train_bpe_tokenizer, train_character_tokenizer
 
 # A vocabulary of 50k is settled by a few hundred megabytes; more text costs time and changes little.

@@ -2,37 +2,45 @@
 
 import json
 import os
-import platform
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+import llmkit
 from llmkit.arguments import changed_arguments
 from llmkit.dataset import TokenWindows
 from llmkit.errors import UserError
+from llmkit.hardware import device_name
 
-PACKAGES = ("llmkit", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "bitsandbytes")
 
 
-def run_record(args: TrainingArguments, model: PreTrainedModel, train: TokenWindows, held_out: TokenWindows) -> dict:
-    """What is known of a run before its first step: arguments that are not defaults, model, data, machine."""
-    manifest = train.manifest
-    device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else platform.machine()
+def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict) -> dict:
+    """What is known of a run before its first step: arguments that are not defaults, model, data, machine.
+
+    Args:
+        data: the description, the fingerprint and the sizes of what is trained on.
+    """
     return {
         "arguments": {key: str(value) for key, value in changed_arguments(args).items()},
         "model": {"parameters": model.num_parameters(), "config": model.config.to_diff_dict()},
-        "data": {
-            "description": manifest.corpus,
-            "fingerprint": "x",
-            "train_tokens": train.num_tokens,
-            "validation_tokens": held_out.num_tokens,
-            "tokens_per_byte": train.tokens_per_byte,
-        },
-        "machine": {"device": device, "ranks": args.world_size, "cpus": os.cpu_count()},
-        "versions": {name: version(name) for name in PACKAGES},
+        "data": data,
+        "machine": {"device": device_name(args.device), "ranks": args.world_size, "cpus": os.cpu_count()},
+        "versions": {"llmkit": llmkit.__version__} | {name: version(name) for name in PACKAGES if find_spec(name)},
+    }
+
+
+def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
+    """`data` of a run on token shards."""
+    return {
+        "description": train.manifest.corpus,
+        "fingerprint": train.manifest.fingerprint,
+        "train_tokens": train.num_tokens,
+        "validation_tokens": held_out.num_tokens,
+        "tokens_per_byte": train.tokens_per_byte,
     }
 
 

@@ -109,8 +109,8 @@ def train_character_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFa
     )
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer from a folder or from the Hub.
+def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder, or from the Hub at some revision.
 
     Raises:
         UserError: it is not there, it is not one of the fast ones that preparing shards needs, or it has no
@@ -121,7 +121,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     if not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2):
         raise UserError(f"tokenizer {name_or_path}: no such folder; give a tokenizer's folder or its name on the Hub")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, revision=revision)
     except (OSError, ValueError) as error:
         place = "this folder holds no tokenizer" if path.is_dir() else "not a folder here, and not read from the Hub"
         raise UserError(f"tokenizer {name_or_path}: {place} ({error})") from error

@@ -7,18 +7,19 @@ from pathlib import Path
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from llmkit.arguments import PretrainArguments
-from llmkit.callbacks import ProgressLine, Samples, StopOnSignal, Throughput, peak_flops
+from llmkit.callbacks import ProgressLine, Samples, StopOnSignal, Throughput
 from llmkit.dataset import TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
 from llmkit.evaluation import loss_metrics
+from llmkit.hardware import device_name, peak_flops
 from llmkit.loss import IGNORE_INDEX
 from llmkit.modeling_gpt2 import GPT2LMHeadModel
-from llmkit.record import JsonlLog, run_record
+from llmkit.record import JsonlLog, run_record, windows_record
 
 
 class PretrainTrainer(Trainer):
@@ -59,10 +60,11 @@ class PretrainTrainer(Trainer):
             flops_per_token=model.config.flops_per_token(block_size),
             peak=peak * args.world_size if peak else None,
         )
-        log = JsonlLog(args.output_dir, run_record(args, model, train_dataset, eval_dataset))
+        log = JsonlLog(args.output_dir, run_record(args, model, windows_record(train_dataset, eval_dataset)))
         callbacks = [self.throughput, log]
         if args.sample_prompts:
-            callbacks.append(Samples(processing_class, args.sample_prompts, args.sample_tokens, log))
+            context = model.config.n_positions
+            callbacks.append(Samples(processing_class, args.sample_prompts, args.sample_tokens, context, log))
         super().__init__(
             model,
             args,
@@ -144,6 +146,9 @@ class PretrainTrainer(Trainer):
 
     # Logging
 
+    def floating_point_ops(self, inputs) -> int:
+        return self.throughput.flops_per_token * inputs["input_ids"].numel()
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {"tokens": self.state.global_step * self.args.total_batch_tokens}
@@ -172,7 +177,6 @@ class PretrainTrainer(Trainer):
         chosen = [f"{args.mixed_precision} autocast" if args.mixed_precision != "no" else "float32"]
         chosen += ["TF32"] if args.tf32 else []
         chosen += [f"{config._attn_implementation} attention", f"compile {'on' if args.torch_compile else 'off'}"]
-        device = torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type
         rows = {
             "model": f"{config.num_parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
             f"{config.n_embd} wide, {config.n_positions} context, {config.vocab_size:,} tokens",
@@ -181,12 +185,12 @@ class PretrainTrainer(Trainer):
             "run": f"{args.max_steps:,} steps = {tokens:,} tokens = {tokens / self.train_tokens:.2f} epochs",
             "optimizer": f"{args.optim.value}, lr {args.learning_rate:g} {args.lr_scheduler_type.value}, "
             f"weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}",
-            "machine": f"{args.world_size} x {device}, {', '.join(chosen)}",
+            "machine": f"{args.world_size} x {device_name(args.device)}, {', '.join(chosen)}",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
 
 
-def checkpoint_to_resume(args: PretrainArguments) -> str | None:
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint folder that `--resume_from_checkpoint` means: a path, or `latest` of the run's own folder.
 
     A checkpoint counts where its `trainer_state.json`, which is written last, is whole: one that a kill cut short is

@@ -4,15 +4,18 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 
 # No test reaches the Hub by accident; those that mean to are marked `network`.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Idle threads sleep instead of spinning: tests that start several processes would wait for each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items):
+    import torch  # after the environment above, which its threads read once
+
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:

@@ -9,7 +9,8 @@ from transformers import AutoTokenizer
 
 from llmkit import cli
 from llmkit.errors import UserError, exit_on_user_error
-from llmkit.shards import load_manifest, prepare_shards
+from llmkit.manifest import load_manifest
+from llmkit.shards import prepare_shards
 from llmkit.tokenizer import train_bpe_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from llmkit.dataset import IGNORED, TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
-from llmkit.shards import Manifest, Shard, Split
+from llmkit.manifest import Manifest, Shard, Split
 
 EOS = 7
 

@@ -2,7 +2,7 @@
 
 import json
 import os
-import signal
+import runpy
 import subprocess
 import sys
 import time
@@ -116,38 +116,27 @@ def test_two_ranks_train_what_one_trains(one_rank, texts, tmp_path, nodes):
     ]
 
 
-def test_killed_and_resumed_ends_with_the_same_bits(one_rank, texts, tmp_path):
-    """SIGTERM in the middle of the run saves a checkpoint; resuming from it ends where the whole run did."""
-    arguments = [
-        *TINY,
-        "--text_files",
-        texts / "*.txt",
-        "--data_dir",
-        texts / "data",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    whole = tmp_path / "whole"
-    more = ["--max_steps", "150", "--eval_strategy", "no", "--save_steps", "1000"]
-    assert launch("cpu", *arguments[:-1], whole, *more).returncode == 0
+def test_killed_and_resumed_ends_with_the_same_bits(texts, tmp_path):
+    """SIGTERM to the launcher: its ranks agree on a step, save and stop; resumed, they end as the whole run did."""
+    arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--max_steps", "150"]
+    arguments += ["--eval_strategy", "no", "--save_steps", "1000", "--output_dir"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert launch("multi_cpu", *arguments, whole).returncode == 0
     process = subprocess.Popen(
-        [sys.executable, "recipes/pretrain.py", *map(str, arguments), *more],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "2"},
-        stdout=subprocess.PIPE,
-        text=True,
+        command("multi_cpu", *arguments, stopped), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    log = tmp_path / "run" / "log.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 20,' in log.read_text()):
+    while process.poll() is None and not (
+        (stopped / "log.jsonl").exists() and max(logged(stopped, "loss"), default=0)
+    ):
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     assert "stopped by a signal" in process.communicate(timeout=120)[0]
-    step = int(next((tmp_path / "run").glob("checkpoint-*")).name.split("-")[1])
-    assert 20 <= step < 150
-    done = launch("cpu", *arguments, *more, "--resume_from_checkpoint", "latest")
+    step = int(next(stopped.glob("checkpoint-*")).name.split("-")[1])
+    assert 0 < step < 150
+    done = launch("multi_cpu", *arguments, stopped, "--resume_from_checkpoint", "latest")
     assert done.returncode == 0, done.stderr
-    assert sorted(logged(tmp_path / "run", "loss")) == list(range(1, 151))
-    expected, found = load_file(whole / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    assert list(logged(stopped, "loss")) == list(range(1, 151))
+    expected, found = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
     assert all((expected[name] == found[name]).all() for name in expected)
 
 
@@ -185,18 +174,16 @@ def test_wandb_works_where_nobody_is_logged_in(texts, tmp_path):
         (["--learning_rat", "1"], "did you mean --learning_rate?"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, arguments, message):
+def test_mistakes_are_one_line(tmp_path, arguments, message, monkeypatch, capsys):
     """No traceback, status 2, and no run folder."""
     (tmp_path / "binary.txt").write_bytes(b"\x00\x01\x02" * 100)
     (tmp_path / "short.txt").write_text("too short")
     arguments = [text.format(tmp=tmp_path) for text in arguments]
-    done = subprocess.run(
-        [sys.executable, ROOT / "recipes/pretrain.py", *TINY, *arguments, "--output_dir", tmp_path / "run"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert [line for line in done.stderr.splitlines() if line.startswith("error: ") and message in line], done.stderr
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY, *arguments, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
     assert not (tmp_path / "run").exists()

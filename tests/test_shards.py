@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -14,14 +15,19 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiktoken
 import tokenizers
+import xxhash
 from tokenizers import models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmkit import shards
+from llmkit import holdout, shards
 from llmkit.corpus import Corpus
+from llmkit.encoding import GPT2_PATTERN, SEPARATOR, fastest_encoder
 from llmkit.errors import UserError
-from llmkit.shards import fastest_encoder, load_manifest, prepare_shards
+from llmkit.manifest import load_manifest
+from llmkit.shard_writer import ShardWriter
+from llmkit.shards import prepare_shards
 from llmkit.tokenizer import (
     byte_level_bpe,
     document_encoder,
@@ -133,7 +139,28 @@ def test_the_checksums_are_those_of_the_files(tmp_path, bpe):
     for split in manifest.splits.values():
         for shard in split.shards:
             data = (manifest.directory / shard.name).read_bytes()
-            assert shards.xxhash.xxh3_64_hexdigest(data) == shard.xxh3_64
+            assert xxhash.xxh3_64_hexdigest(data) == shard.xxh3_64
+
+
+def test_the_fingerprint_says_which_tokens_these_are(tmp_path, bpe):
+    first = prepare(tmp_path / "a", DOCUMENTS, bpe)
+    assert len(first.fingerprint) == 16
+    assert prepare(tmp_path / "b", DOCUMENTS, bpe).fingerprint == first.fingerprint
+    assert load_manifest(shutil.copytree(first.directory, tmp_path / "c")).fingerprint == first.fingerprint
+    others = [
+        prepare(tmp_path / "d", [*DOCUMENTS[:-1], "x"], bpe),
+        prepare(tmp_path / "e", DOCUMENTS[::-1], bpe),
+        prepare(tmp_path / "f", DOCUMENTS, bpe, validation_fraction=0.5),
+    ]
+    assert len({manifest.fingerprint for manifest in [first, *others]}) == 4
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"), [(3, r"\b\d{2,3}B, about \d+ tokens"), (300, r"\d+\.\dkB, about \d+,\d+ ")]
+)
+def test_sizes_are_told_in_fitting_units(tmp_path, bpe, capsys, count, expected):
+    prepare(tmp_path, DOCUMENTS[:count], bpe)
+    assert re.search(expected, capsys.readouterr().out)
 
 
 def test_special_tokens_in_text_are_text(tmp_path, bpe):
@@ -160,10 +187,28 @@ def test_tail_holds_out_the_end_of_every_document(tmp_path, bpe):
     assert manifest.splits["validation"].bytes == sum(len(text.encode()) for text in validation)
 
 
-def test_one_document_cannot_be_split_by_document(tmp_path, bpe):
-    with pytest.raises(UserError, match="of 1 documents.*--validation_split tail"):
-        prepare(tmp_path, ["one long text " * 50], bpe)
+@pytest.mark.parametrize("copies", [1, 3])
+def test_one_document_cannot_be_split_by_document(tmp_path, bpe, copies):
+    with pytest.raises(UserError, match=f"of {copies} documents.*--validation_split tail"):
+        prepare(tmp_path, ["one long text " * 50] * copies, bpe)
     assert not (tmp_path / "shards").exists()
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.99, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 3, 30])
+def test_of_a_few_documents_each_split_gets_one(tmp_path, bpe, count, fraction, monkeypatch):
+    documents = make_documents(count)
+    by_hash = sorted(documents, key=lambda document: xxhash.xxh3_64_intdigest(document.encode()))
+    manifest = prepare(tmp_path, documents, bpe, validation_fraction=fraction)
+    held_out = texts_of(manifest, "validation", bpe)
+    assert 1 <= len(held_out) < count
+    assert sorted(held_out) == sorted(by_hash[: len(held_out)])
+    if fraction == 1e-9:
+        assert held_out == by_hash[:1]
+        # Too much text to hash it all beforehand: the fraction is taken at its word.
+        monkeypatch.setattr(holdout, "HASHED_CHARACTERS", 0)
+        with pytest.raises(UserError, match="no text for the validation split"):
+            prepare(tmp_path / "many", documents, bpe, validation_fraction=fraction)
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
@@ -203,14 +248,11 @@ def test_bits_per_byte_of_a_uniform_guess(tmp_path):
 # ----------------------------------------------------------------------------- encoders
 
 
-needs_tiktoken = pytest.mark.skipif(shards.tiktoken is None, reason="tiktoken is not installed")
-
-
 def reference_ids(tokenizer, text):
-    return document_encoder(tokenizer).encode(text, add_special_tokens=False).ids
+    """The ids of a whole document."""
+    return [*document_encoder(tokenizer).encode(text, add_special_tokens=False).ids, tokenizer.eos_token_id]
 
 
-@needs_tiktoken
 def test_tiktoken_gives_the_ids_of_tokenizers(bpe):
     encode, can_cut = fastest_encoder(bpe)
     assert can_cut and encode.__name__ == "encode_bpe"
@@ -223,24 +265,21 @@ def test_tiktoken_gives_the_ids_of_tokenizers(bpe):
         assert ids.tolist() == reference_ids(bpe, text), repr(text)
 
 
-@needs_tiktoken
 def test_a_text_that_tiktoken_gives_up_on_is_encoded_all_the_same(bpe):
     encode, _ = fastest_encoder(bpe)
     text = "\n" * 1_000_000 + "a"
     with pytest.raises(ValueError, match="Regex error"):
-        shards.tiktoken.Encoding(
-            "x", pat_str=shards.GPT2_PATTERN, mergeable_ranks={b"\n": 0, b"a": 1}, special_tokens={}
+        tiktoken.Encoding(
+            "x", pat_str=GPT2_PATTERN, mergeable_ranks={b"\n": 0, b"a": 1}, special_tokens={}
         ).encode_to_numpy(text)
     assert encode([text])[0].tolist() == reference_ids(bpe, text)
 
 
-def test_without_tiktoken_the_shards_are_the_same(tmp_path, bpe, monkeypatch, capsys):
-    usual = prepare(tmp_path / "usual", DOCUMENTS, bpe)
-    monkeypatch.setattr(shards, "tiktoken", None)
-    assert fastest_encoder(bpe)[0].__name__ == "encode"
-    without = prepare(tmp_path / "without", DOCUMENTS, bpe)
-    assert contents(without.directory) == contents(usual.directory)
-    assert "pip install tiktoken" in capsys.readouterr().out
+@pytest.mark.parametrize("text", [SEPARATOR, f"a {SEPARATOR}\n", f"{SEPARATOR * 2} b"])
+def test_a_text_with_the_separator_is_encoded_all_the_same(bpe, text):
+    encode, _ = fastest_encoder(bpe)
+    texts = ["before ", text, " after"]
+    assert [ids.tolist() for ids in encode(texts)] == [reference_ids(bpe, text) for text in texts]
 
 
 def test_character_table_gives_the_ids_of_tokenizers():
@@ -258,12 +297,11 @@ def test_other_tokenizers_go_through_tokenizers(tmp_path):
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", unk_token="?")
     encode, can_cut = fastest_encoder(tokenizer)
     assert not can_cut and encode.__name__ == "encode"
-    assert [ids.tolist() for ids in encode(["the cat the", ""])] == [[0, 1, 0], []]
+    assert [ids.tolist() for ids in encode(["the cat the", ""])] == [[0, 1, 0, 2], [2]]
     manifest = prepare(tmp_path, [f"the {i}" for i in range(40)], tokenizer)
     assert sum(split.unknown_tokens for split in manifest.splits.values()) == 40
 
 
-@needs_tiktoken
 def test_a_bpe_whose_merges_tiktoken_would_not_follow_is_not_given_to_it(bpe):
     state = json.loads(bpe.backend_tokenizer.to_str())["model"]
     alphabet = {c: i for c, i in state["vocab"].items() if len(c) == 1}
@@ -278,25 +316,25 @@ def test_a_bpe_whose_merges_tiktoken_would_not_follow_is_not_given_to_it(bpe):
     # "abc" is a token made of "a" and "bc"; tiktoken would also make it of "ab" and "c", which these merges cannot.
     tokenizer, name = engine([("a", "b"), ("b", "c"), ("a", "bc")])
     assert name == "encode"
-    assert len(reference_ids(tokenizer, "abc")) == 2
+    assert len(reference_ids(tokenizer, "abc")) == 2 + 1
 
 
 @pytest.mark.parametrize("characters", [False, True])
 def test_long_documents_are_cut_without_changing_ids(tmp_path, bpe, monkeypatch, characters):
     tokenizer = train_character_tokenizer(DOCUMENTS) if characters else bpe
     document = "".join(DOCUMENTS)
-    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(holdout, "BATCH_CHARACTERS", 50)
     assert len(list(split_document(document, 50))) > 100
     manifest = prepare(tmp_path, [document], tokenizer, validation_split="tail", validation_fraction=0.5)
     half = document[: int(len(document) * 0.5)]
-    assert read(manifest, "train").tolist() == [*reference_ids(tokenizer, half), tokenizer.eos_token_id]
+    assert read(manifest, "train").tolist() == reference_ids(tokenizer, half)
 
 
 # ----------------------------------------------------------------------------- the same bytes, come what may
 
 
 def test_number_of_workers_does_not_matter(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(holdout, "BATCH_CHARACTERS", 1000)
     one = prepare(tmp_path / "one", DOCUMENTS, bpe, num_workers=1)
     five = prepare(tmp_path / "five", DOCUMENTS, bpe, num_workers=5)
     assert contents(one.directory) == contents(five.directory)
@@ -332,7 +370,7 @@ PREPARE = """
 
 def start(tmp_path, mode, bpe):
     bpe.save_pretrained(tmp_path / "tokenizer")
-    code = "import llmkit.shards\nllmkit.shards.BATCH_CHARACTERS = 1000\n" + textwrap.dedent(PREPARE)
+    code = "import llmkit.holdout\nllmkit.holdout.BATCH_CHARACTERS = 1000\n" + textwrap.dedent(PREPARE)
     code = code.format(tests=str(Path(__file__).parent))
     command = [sys.executable, "-c", code, str(tmp_path / "shards"), mode, str(tmp_path / "tokenizer")]
     return subprocess.Popen(
@@ -362,11 +400,11 @@ def test_killed_and_restarted_ends_with_the_same_bytes(tmp_path, bpe, monkeypatc
     assert contents(again.directory) == contents(whole.directory)
 
 
-@pytest.mark.parametrize("split", ["document", "tail"])
-def test_stopped_at_any_write_it_ends_with_the_same_bytes(tmp_path, bpe, monkeypatch, split):
+@pytest.mark.parametrize(("split", "fraction"), [("document", 0.2), ("document", 1e-9), ("tail", 0.2)])
+def test_stopped_at_any_write_it_ends_with_the_same_bytes(tmp_path, bpe, monkeypatch, split, fraction):
     """Stops a preparation at each of its file operations in turn, and starts it again."""
     documents = DOCUMENTS[:80]
-    kwargs = {"shard_tokens": 700, "validation_split": split}
+    kwargs = {"shard_tokens": 700, "validation_split": split, "validation_fraction": fraction}
     whole = prepare(tmp_path / "whole", documents, bpe, **kwargs)
     expected = contents(whole.directory)
 
@@ -453,7 +491,7 @@ def stop_after(count):
 
 def test_unfinished_shards_of_other_settings_are_an_error(tmp_path, bpe, monkeypatch):
     monkeypatch.setattr(shards, "SAMPLE_CHARACTERS", 100)
-    monkeypatch.setattr(shards, "BATCH_CHARACTERS", 100)
+    monkeypatch.setattr(holdout, "BATCH_CHARACTERS", 100)
     folder = tmp_path / "shards"
     options = {"validation_fraction": 0.2, "shard_tokens": 2000, "num_workers": 1}
     with pytest.raises(ConnectionError):
@@ -479,7 +517,7 @@ def test_too_small_a_disk_is_refused_before_anything_is_written(tmp_path, bpe, m
 
 @pytest.mark.parametrize("writes", [5, 250])
 def test_a_disk_that_fills_up_leaves_nothing_that_looks_whole(tmp_path, bpe, monkeypatch, writes):
-    append = shards._Writer.append
+    append = ShardWriter.append
     calls = []
 
     def fail(writer, ids):
@@ -489,7 +527,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_whole(tmp_path, bpe, mon
         append(writer, ids)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards._Writer, "append", fail)
+        patch.setattr(ShardWriter, "append", fail)
         with pytest.raises(UserError, match="disk is full"):
             prepare(tmp_path, DOCUMENTS, bpe)
     folder = tmp_path / "shards"
@@ -502,7 +540,7 @@ def test_a_disk_that_fills_up_leaves_nothing_that_looks_whole(tmp_path, bpe, mon
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
 def test_a_really_full_device_is_a_user_error(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(shards._Writer, "_partial", lambda *_: Path("/dev/full"))
+    monkeypatch.setattr(ShardWriter, "_partial", lambda *_: Path("/dev/full"))
     with pytest.raises(UserError, match="disk is full"):
         prepare(tmp_path, DOCUMENTS, bpe)
     assert list(tmp_path.iterdir()) == []

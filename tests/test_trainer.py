@@ -1,8 +1,11 @@
 """The Trainer trains what it says: the same loss however a step is cut up, exact resume, exact evaluation."""
 
+import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,8 @@ from llmkit.arguments import PretrainArguments
 from llmkit.corpus import open_corpus
 from llmkit.dataset import TokenWindows
 from llmkit.errors import UserError
-from llmkit.shards import Manifest, prepare_shards
+from llmkit.manifest import Manifest
+from llmkit.shards import prepare_shards
 from llmkit.tokenizer import train_bpe_tokenizer
 from llmkit.trainer import PretrainTrainer, checkpoint_to_resume
 
@@ -32,15 +36,15 @@ def data(tmp_path_factory) -> tuple[Manifest, object]:
     return prepare_shards(corpus, tokenizer, folder / "shards", validation_fraction=0.1), tokenizer
 
 
-def trainer(data, output_dir, **arguments) -> PretrainTrainer:
+def trainer(data, output_dir, windows=TokenWindows, **arguments) -> PretrainTrainer:
     manifest, tokenizer = data
     defaults = {"total_batch_tokens": 8 * BLOCK, "per_device_train_batch_size": 8, "max_steps": 6, "bf16": False}
     defaults |= {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
     args = PretrainArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **arguments})
     set_seed(args.seed)
     config = GPT2Config(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2).for_tokenizer(tokenizer)
-    windows = [TokenWindows(manifest, split, BLOCK) for split in ("train", "validation")]
-    return PretrainTrainer(GPT2LMHeadModel(config), args, *windows, processing_class=tokenizer)
+    splits = [windows(manifest, split, BLOCK) for split in ("train", "validation")]
+    return PretrainTrainer(GPT2LMHeadModel(config), args, *splits, processing_class=tokenizer)
 
 
 def losses(run: PretrainTrainer) -> list[float]:
@@ -61,6 +65,49 @@ def test_accumulation_does_not_change_the_loss(data, tmp_path):
     assert losses(runs[0])[-1] < losses(runs[0])[0] - 0.5, "nothing was learned"
     for run in runs[1:]:
         assert losses(run) == pytest.approx(losses(runs[0]), rel=1e-6)
+
+
+class RaggedWindows(TokenWindows):
+    """Windows of which only some targets count, a different number in each."""
+
+    def __getitems__(self, indices):
+        batch = super().__getitems__(indices)
+        for row, index in enumerate(indices):
+            batch["shift_labels"][row, 1 + index % (BLOCK - 1) :] = -100
+        return batch
+
+
+RAGGED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from llmkit.manifest import load_manifest
+from llmkit.tokenizer import load_tokenizer
+from test_trainer import RaggedWindows, losses, trainer
+data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
+run = trainer(data, sys.argv[4], windows=RaggedWindows, per_device_train_batch_size=2)
+run.train()
+if run.is_world_process_zero():
+    print("losses", json.dumps(losses(run)))
+"""
+
+
+def test_ragged_targets_on_ranks_and_micro_batches(data, tmp_path):
+    """Eight windows a step, with 1 to 15 targets each: 1 x 8, 4 x 2, and two ranks of 2 x 2 have one loss."""
+    manifest, tokenizer = data
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = []
+    for size in (8, 2):
+        run = trainer(data, tmp_path / str(size), windows=RaggedWindows, per_device_train_batch_size=size)
+        run.train()
+        found.append(losses(run))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    (tmp_path / "ragged.py").write_text(RAGGED)
+    places = [Path(__file__).parent, manifest.directory, tmp_path / "tokenizer", tmp_path / "ranks"]
+    done = subprocess.run([*command, tmp_path / "ragged.py", *places], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found.append(json.loads(done.stdout.split("losses ")[1].splitlines()[0]))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
 def test_first_loss_is_the_models(data, tmp_path):
@@ -133,6 +180,11 @@ def test_samples_leave_training_alone(data, tmp_path):
     assert losses(plain) == losses(sampled)
 
 
+def test_a_prompt_longer_than_the_context_is_refused(data, tmp_path):
+    with pytest.raises(UserError, match="the sample prompt '0000.* tokens, the model's context 16: shorten it"):
+        trainer(data, tmp_path, sample_prompts=["0" * 99])
+
+
 def test_summary_states_the_run(data, tmp_path):
     text = trainer(data, tmp_path, per_device_train_batch_size=2).summary()
     assert "128 tokens = 2 x 16 x 4 accumulated x 1 rank(s)" in text
@@ -176,7 +228,8 @@ def test_checkpoints_to_resume(tmp_path):
 def test_resuming_on_other_data_is_refused(data, tmp_path):
     how = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     trainer(data, tmp_path, **how).train()
-    run = trainer(data, tmp_path, **how)
-    run.train_dataset.manifest.settings["corpus"] = "another"
+    manifest, tokenizer = data
+    other = dataclasses.replace(manifest, settings={**manifest.settings, "corpus": "another"})
+    run = trainer((other, tokenizer), tmp_path, **how)
     with pytest.raises(UserError, match="was trained on other data"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
