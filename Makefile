@@ -1,13 +1,14 @@
 # make demo    train a small GPT-2 on this machine, about 5 minutes on 2 CPU cores
 # make test    run the tests
 # make lint    check style
+# make bench   measure a training step beside the stock model's, some minutes
 # make install only set up .venv, which the others do as well
 
 PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/pretrain_quickstart
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint bench
 .DEFAULT_GOAL := demo
 
 install: $(BIN)/.installed
@@ -29,3 +30,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: install
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_step.py --bf16

@@ -4,20 +4,24 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations import get_available_reporting_integrations
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torch_tf32_available
 
 from llmkit.configuration_gpt2 import GPT2Config
 from llmkit.errors import UserError
 from llmkit.hardware import bf16_is_fast, set_up_cpu
+from llmkit.modeling_gpt2 import GPT2LMHeadModel
 
 
 @dataclass
@@ -45,6 +49,21 @@ class DataArguments:
     validation_split: Literal["document", "tail"] = field(
         default="document", metadata={"help": "Hold out whole documents, or the end of each ('tail')."}
     )
+
+    def __post_init__(self):
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction={self.validation_fraction}: it lies between 0 and 1, such as 0.01")
+        if self.text_files and self.dataset_name:
+            raise UserError("text_files and dataset_name are both set: set one of them")
+        if self.tokenizer == "bpe" and self.vocab_size < 257:
+            raise UserError(
+                f"vocab_size={self.vocab_size}: a byte-level BPE has 256 bytes and an end, so at least 257"
+            )
+
+
+# A preset or a checkpoint on the command line takes the place of the shape that stands in the recipe's file.
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+REPLACES = {"preset": SHAPE, "init_from": SHAPE}
 
 
 @dataclass
@@ -74,6 +93,12 @@ class ModelArguments:
         shape = {key: value for key, value in shape.items() if value is not None}
         if bad := [f"{key}={value}" for key, value in shape.items() if value < 1]:
             raise UserError(f"{', '.join(bad)}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout}: it lies between 0 and 1")
+        if self.attn_implementation not in (known := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]):
+            raise UserError(
+                f"attn_implementation={self.attn_implementation}: choose one of {', '.join(sorted(known))}"
+            )
         dropout = {"embd_pdrop": self.dropout, "attn_pdrop": self.dropout, "resid_pdrop": self.dropout}
         rest = {**dropout, "attn_implementation": self.attn_implementation}
         try:
@@ -81,10 +106,33 @@ class ModelArguments:
                 return GPT2Config.from_preset(self.preset or "124M", **shape, **rest)
             if self.preset or shape.keys() - {"n_positions"}:
                 raise UserError("init_from brings its own shape: leave out preset, n_layer, n_head and n_embd")
-            return GPT2Config.from_pretrained(self.init_from, **rest)
+            config = GPT2Config.from_pretrained(self.init_from, **rest)
+            if self.block_size and self.block_size > config.n_positions:
+                raise UserError(f"block_size={self.block_size} is more than {self.init_from}'s {config.n_positions}")
+            return config
         except StrictDataclassError as error:
             raise UserError(str(error.__cause__)) from error
         except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+
+    def model(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> GPT2LMHeadModel:
+        """A model with new weights, which the seed decides, or with those of `init_from`.
+
+        Raises:
+            UserError: a checkpoint that cannot be read, or has another vocabulary than the tokenizer.
+        """
+        config = self.config()
+        set_seed(seed)
+        try:
+            if self.init_from is None:
+                return GPT2LMHeadModel(config.for_tokenizer(tokenizer))
+            if (config.vocab_size, config.eos_token_id) != (len(tokenizer), tokenizer.eos_token_id):
+                raise UserError(
+                    f"{self.init_from} has {config.vocab_size} tokens and ends with {config.eos_token_id}, the "
+                    f"tokenizer {len(tokenizer)} and {tokenizer.eos_token_id}: give --tokenizer {self.init_from}"
+                )
+            return GPT2LMHeadModel.from_pretrained(self.init_from, config=config)
+        except (ValueError, OSError, ImportError) as error:
             raise UserError(str(error)) from error
 
 
@@ -122,9 +170,15 @@ class PretrainArguments(TrainingArguments):
         super().__post_init__()
         if "wandb" in self.report_to:
             use_wandb_offline_without_login()
-        for name in ("total_batch_tokens", "per_device_train_batch_size", "per_device_eval_batch_size"):
+        batch_sizes = ("total_batch_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
+        for name in (*batch_sizes, "sample_tokens"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_steps == 0 or (self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf):
+            raise UserError("nothing to train: give max_steps of 1 or more, or num_train_epochs above 0")
+        if not (self.learning_rate >= 0 and self.seed >= 0 and (self.data_seed or 0) >= 0):
+            raise UserError("learning_rate, seed and data_seed cannot be negative")
+        check_report_to(self.report_to)
         if self.gradient_accumulation_steps != 1:
             raise UserError("gradient_accumulation_steps is derived from total_batch_tokens: leave it out")
         if self.label_smoothing_factor:
@@ -169,6 +223,13 @@ def choose_precision(args: TrainingArguments) -> str:
     return device_type
 
 
+def check_report_to(report_to: list[str]) -> None:
+    """Refuse a logging service that is not there, before anything is written."""
+    available = get_available_reporting_integrations()
+    if missing := [name for name in report_to if name not in available]:
+        raise UserError(f"report_to={missing[0]} is not installed here: choose from {', '.join(available)} and none")
+
+
 def use_wandb_offline_without_login() -> None:
     """Where nobody is logged in, wandb writes under ./wandb for a later `wandb sync`, in place of an error."""
     import wandb
@@ -200,15 +261,21 @@ class RecipeParser(HfArgumentParser):
     Args:
         dataclass_types: the dataclasses to fill.
         default_config: the file that is read where no `--config` is given.
+        replaces: fields that, given on the command line, take the place of others in the file.
     """
 
-    def __init__(self, dataclass_types, default_config: Path | str):
+    def __init__(
+        self, dataclass_types, default_config: Path | str, replaces: dict[str, tuple[str, ...]] | None = None
+    ):
         super().__init__(dataclass_types, allow_abbrev=False)
+        self.replaces = replaces or {}
         self.add_argument("--config", default=str(default_config), help="recipe to run, a YAML file")
         self.source = ""
 
     def error(self, message: str):
-        raise UserError(self.source + message.removeprefix("argument "))
+        name, _, rest = message.removeprefix("argument ").partition(": ")
+        name = name.split("/")[0]  # argparse knows each as --some_name/--some-name
+        raise UserError(f"{self.source}{name}: {rest}" if rest else self.source + message)
 
     def parse(self, argv: list[str]) -> tuple:
         """The filled dataclasses, in the order of `dataclass_types`.
@@ -220,26 +287,41 @@ class RecipeParser(HfArgumentParser):
         option.add_argument("--config", default=self.get_default("config"))
         option.error = self.error
         config = option.parse_known_args(argv)[0].config
-
-        from_file = _read_yaml(config)
-        self._refuse_unknown([f"--{key}" for key in from_file], f"{config}: ", prefix="")
+        from_file = self._check_file(config)
+        replaced = [key for name in self.replaces if _stands_in(name, argv) for key in self.replaces[name]]
+        file_argv = [text for key, value in from_file.items() if key not in replaced for text in _as_argv(key, value)]
+        # The file alone, so that what is wrong in it is said of it; then the command line after it, which so wins.
         self.source = f"{config}: "
-        file_argv = [text for key, value in from_file.items() for text in _as_argv(key, value)]
         self.parse_args(file_argv)
         self.source = ""
-        self._refuse_unknown(self.parse_known_args(argv)[1], "", prefix="--")
-        # HfArgumentParser would also read a file next to the script, and lists unknown arguments at length.
-        *parsed, _ = self.parse_args_into_dataclasses(file_argv + argv, look_for_args_file=False)
+        if unknown := self.parse_known_args(argv)[1]:
+            self._refuse_unknown(unknown[0])
+        try:
+            *parsed, _ = self.parse_args_into_dataclasses(file_argv + argv, look_for_args_file=False)
+        except (ValueError, TypeError, ImportError) as error:
+            raise UserError(str(error)) from error  # what transformers refuses
         return tuple(parsed)
 
-    def _refuse_unknown(self, options: list[str], source: str, prefix: str) -> None:
-        known = [option for action in self._actions for option in action.option_strings]
-        for option in options:
-            name = option.split("=")[0]
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {prefix}{close[0].lstrip('-')}?" if close else "see --help for what there is"
-                raise UserError(f"{source}unknown argument {prefix}{name.lstrip('-')}: {hint}")
+    def _check_file(self, config: str) -> dict:
+        content = _read_yaml(config)
+        actions = {option: action for action in self._actions for option in action.option_strings}
+        for key, value in content.items():
+            if f"--{key}" not in actions or key == "config":
+                self._refuse_unknown(str(key), f"{config}: ")
+            if isinstance(value, list) and actions[f"--{key}"].nargs != "+":
+                raise UserError(f"{config}: {key} takes one value, not a list: {value}")
+        return content
+
+    def _refuse_unknown(self, given: str, source: str = "") -> NoReturn:
+        known = [option.lstrip("-") for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(given.split("=")[0].lstrip("-"), known, n=1)
+        dashes = "--" if given.startswith("--") else ""
+        hint = f"did you mean {dashes}{close[0]}?" if close else "see --help for what there is"
+        raise UserError(f"{source}unknown argument {given.split('=')[0]}: {hint}")
+
+
+def _stands_in(name: str, argv: list[str]) -> bool:
+    return any(text.split("=")[0].replace("-", "_") == f"__{name}" for text in argv)
 
 
 def _read_yaml(path: str) -> dict:

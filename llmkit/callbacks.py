@@ -61,6 +61,7 @@ class ProgressLine(TrainerCallback):
         "learning_rate": "lr {:.2e}",
         "grad_norm": "grad norm {:.2f}",
         "tokens_per_second": "{:,.0f} tok/s",
+        "trained_tokens": "{:,} trained",
         "mfu": "mfu {:.1%}",
         "eval_loss": "validation loss {:.4f}",
         "eval_perplexity": "perplexity {:.2f}",
@@ -104,6 +105,7 @@ class Samples(TrainerCallback):
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, context: int, log: JsonlLog
     ):
+        prompts = [prompt or tokenizer.eos_token for prompt in prompts]  # nothing: as a document begins
         for prompt in prompts:
             if (length := len(tokenizer(prompt)["input_ids"])) >= context:
                 raise UserError(
@@ -148,9 +150,11 @@ class Samples(TrainerCallback):
 class StopOnSignal(TrainerCallback):
     """SIGTERM (a scheduler's notice, `kill`): saves a checkpoint at the end of a step, and stops.
 
-    The ranks get the signal at different steps, so they agree on one: their flags are summed, at logged steps only,
-    since the sum waits for the device.
+    The ranks get the signal at different steps, so they agree on one: their flags are summed, every few steps only,
+    since reading the sum waits for the device.
     """
+
+    EVERY = 5  # torch's launcher kills the ranks 30 s after it has passed the signal on
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -163,7 +167,7 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not control.should_log and args.world_size > 1:
+        if args.world_size > 1 and state.global_step % self.EVERY:
             return
         flag = torch.tensor(int(self.received), device=args.device)
         if self.accelerator.reduce(flag, reduction="sum").item():

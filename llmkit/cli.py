@@ -1,13 +1,17 @@
-"""The `llmkit` command: the steps before training, for data that is worth preparing on its own.
+"""The `llmkit` command: the steps before and after training.
 
     llmkit tokenizer train --output my_tokenizer --text_files 'books/*.txt'
     llmkit shards prepare --output my_shards --tokenizer my_tokenizer --text_files 'books/*.txt'
+    llmkit audit recipes/sft_qlora.yaml --max_length 512
+    llmkit merge runs/sft_qlora merged
 
 The flags have the names of the recipes' fields.
 """
 
 import argparse
+import dataclasses
 import itertools
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +21,7 @@ from llmkit.errors import UserError, exit_on_user_error
 
 # Libraries are imported inside the commands: `llmkit --help` need not wait for torch.
 
-DEFAULT_VOCAB_SIZE = 8192
+DEFAULT_VOCAB_SIZE = 4096
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmkit", description="Prepare tokenizers and token shards for the recipes.")
-    nouns = parser.add_subparsers(metavar="{tokenizer,shards}", required=True)
+    parser = _Parser(prog="llmkit", description="The steps before and after training.")
+    nouns = parser.add_subparsers(metavar="{tokenizer,shards,audit,merge}", required=True)
 
     verbs = nouns.add_parser("tokenizer", help="make a tokenizer").add_subparsers(metavar="{train}", required=True)
     train = verbs.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
@@ -57,7 +61,10 @@ def _parser() -> argparse.ArgumentParser:
     verbs = nouns.add_parser("shards", help="turn text into tokens").add_subparsers(metavar="{prepare}", required=True)
     prepare = verbs.add_parser("prepare", help="tokenize text into shards for training", allow_abbrev=False)
     prepare.add_argument("--output", required=True, help="folder for the shards")
-    prepare.add_argument("--tokenizer", required=True, help="a tokenizer's folder, or its name on the Hub")
+    prepare.add_argument(
+        "--tokenizer", default="bpe", help="a tokenizer's folder or name on the Hub; or bpe (default) or character"
+    )
+    prepare.add_argument("--vocab_size", type=int, default=4096, help="size of a bpe tokenizer (default: 4096)")
     _add_corpus_flags(prepare)
     prepare.add_argument(
         "--validation_fraction", type=float, default=0.01, help="part of the text to hold out (default: 0.01)"
@@ -69,10 +76,22 @@ def _parser() -> argparse.ArgumentParser:
         help="hold out whole documents (default), or the end of each one, for one long text",
     )
     prepare.add_argument("--num_workers", type=int, help="threads that tokenize (default: all cores)")
-    prepare.add_argument(
-        "--shard_tokens", type=int, default=100_000_000, help="tokens in a shard (default: 100_000_000)"
-    )
+    prepare.add_argument("--shard_tokens", type=int, help="tokens in a shard (default: 100_000_000)")
     prepare.set_defaults(command=_prepare_shards)
+
+    audit = nouns.add_parser("audit", help="show what a fine-tuning recipe would train", allow_abbrev=False)
+    audit.add_argument("recipe", help="the recipe, such as recipes/sft_qlora.yaml")
+    audit.add_argument("fields", nargs=argparse.REMAINDER, help="any field of the recipe, as --field value")
+    audit.set_defaults(command=_audit)
+
+    merge = nouns.add_parser("merge", help="merge an adapter into a plain checkpoint", allow_abbrev=False)
+    merge.add_argument("adapter", help="the folder of a fine-tuning run or of one of its checkpoints")
+    merge.add_argument("output", help="folder for the merged checkpoint")
+    merge.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the checkpoint (default: bfloat16)"
+    )
+    merge.add_argument("--base", help="where the base model is, if it has moved since the training")
+    merge.set_defaults(command=_merge)
     return parser
 
 
@@ -134,22 +153,42 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 
 
 def _prepare_shards(args: argparse.Namespace) -> None:
-    corpus = _open_corpus(args)
+    from llmkit.arguments import DataArguments
+    from llmkit.pretraining_data import prepare_pretraining_data
 
-    from llmkit.shards import prepare_shards
-    from llmkit.tokenizer import load_tokenizer
-
-    manifest = prepare_shards(
-        corpus,
-        load_tokenizer(args.tokenizer),
-        args.output,
-        validation_fraction=args.validation_fraction,
-        validation_split=args.validation_split,
-        shard_tokens=args.shard_tokens,
-        num_workers=args.num_workers,
-    )
+    how = {name: getattr(args, name) for name in ("shard_tokens", "num_workers") if getattr(args, name) is not None}
+    fields = {
+        field.name: getattr(args, field.name) for field in dataclasses.fields(DataArguments) if field.name in args
+    }
+    _, manifest = prepare_pretraining_data(DataArguments(**fields, data_dir=args.output), **how)
     train, validation = manifest.splits["train"], manifest.splits["validation"]
     print(f"{train.tokens:,} tokens to train on and {validation.tokens:,} for validation in {args.output}")
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from llmkit.adapters import AdapterArguments, load_chat_tokenizer
+    from llmkit.arguments import RecipeParser
+    from llmkit.audit import audit, show_tokens
+    from llmkit.conversations import ConversationArguments, encode_all, load_conversations
+    from llmkit.sft import SFTArguments
+
+    parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)
+    data_args, adapter_args, training_args = parser.parse(args.fields)
+    tokenizer = load_chat_tokenizer(adapter_args)
+    for conversations in load_conversations(data_args):
+        rows = encode_all(conversations, tokenizer)
+        findings = audit(conversations, rows, tokenizer, training_args.max_length)
+        print(findings.table(), show_tokens(rows[0], tokenizer, color=sys.stdout.isatty()), sep="\n\n", end="\n\n")
+        findings.check()
+
+
+def _merge(args: argparse.Namespace) -> None:
+    import torch
+
+    from llmkit.merge import merge_adapter
+
+    print(merge_adapter(args.adapter, args.output, getattr(torch, args.dtype), args.base).table())
+    print(f"saved {args.output}")
 
 
 if __name__ == "__main__":

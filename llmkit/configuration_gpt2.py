@@ -1,5 +1,7 @@
 """GPT-2's configuration, its published sizes, and what a model of each size costs."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -82,8 +84,11 @@ class GPT2Config(PreTrainedConfig):
 
     def for_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> "GPT2Config":
         """A copy with the tokenizer's vocabulary size and special tokens."""
-        ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        return type(self)(**{**self.to_dict(), "vocab_size": len(tokenizer), **ids})
+        config = copy.deepcopy(self)
+        config.vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        return config
 
     @property
     def num_parameters(self) -> int:

@@ -35,7 +35,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             sys.exit(130)
         except Exception as error:
-            if (message := _disk_full(error)) is None:
+            if (message := _disk_full(error) or _wrong_path(error)) is None:
                 raise
             _exit(message)
 
@@ -46,6 +46,14 @@ def _exit(message: str) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def _wrong_path(error: Exception) -> str | None:
+    """The line to print if a file stands where a folder should be, or the like."""
+    wrong = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+    if isinstance(error, wrong) and error.filename is not None:
+        return f"{error.filename}: {error.strerror.lower()}: give another path"
+    return None
 
 
 def _disk_full(error: BaseException | None) -> str | None:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
@@ -11,25 +13,34 @@ from transformers import PreTrainedTokenizerBase
 from llmkit.arguments import DataArguments
 from llmkit.corpus import Corpus, open_corpus
 from llmkit.errors import UserError
-from llmkit.manifest import MANIFEST, Manifest, load_manifest
+from llmkit.manifest import MANIFEST, Manifest, load_manifest, write_json
 from llmkit.shards import prepare_shards
 from llmkit.tokenizer import load_tokenizer, train_bpe_tokenizer, train_character_tokenizer
 
 # A vocabulary of 50k is settled by a few hundred megabytes; more text costs time and changes little.
 TOKENIZER_TRAINING_CHARACTERS = 300_000_000
 
+SOURCE, TOKENIZER = "source.json", "tokenizer"
 
-def prepare_pretraining_data(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Manifest]:
+
+def prepare_pretraining_data(args: DataArguments, **how: int | None) -> tuple[PreTrainedTokenizerBase, Manifest]:
     """Train or load the tokenizer, and tokenize the corpus, where that is not done yet.
 
     Safe to call from several ranks or runs at once: a lock in the folder lets one work, and the others wait for it.
 
+    Args:
+        how: `prepare_shards`' `shard_tokens` and `num_workers`.
+
     Raises:
-        UserError: what `open_corpus`, `load_tokenizer` and `prepare_shards` refuse.
+        UserError: what `open_corpus`, `load_tokenizer` and `prepare_shards` refuse; or `data_dir` was made otherwise.
     """
-    if args.data_dir and args.dataset_name and (Path(args.data_dir) / MANIFEST).exists():
+    on_hub = args.dataset_name is not None and not Path(args.dataset_name).is_dir()
+    if args.data_dir and on_hub and (Path(args.data_dir) / MANIFEST).exists():
         # Prepared earlier, on a machine with a network perhaps: the dataset itself is not needed any more.
-        return _prepared(args)
+        directory = Path(args.data_dir)
+        _check_source(directory, args)
+        tokenizer = load_tokenizer(str(directory / TOKENIZER) if _is_trained(args) else args.tokenizer)
+        return tokenizer, load_manifest(directory, tokenizer)
     corpus = open_corpus(
         args.text_files,
         args.dataset_name,
@@ -38,19 +49,35 @@ def prepare_pretraining_data(args: DataArguments) -> tuple[PreTrainedTokenizerBa
         args.text_column,
         args.streaming,
     )
+    tokenizer = None if _is_trained(args) else load_tokenizer(args.tokenizer)
     directory = Path(args.data_dir or default_data_dir(args, corpus))
-    if args.tokenizer in ("bpe", "character"):
-        tokenizer = _train_tokenizer_once(args, corpus, directory / "tokenizer")
-    else:
-        tokenizer = load_tokenizer(args.tokenizer)
-    manifest = prepare_shards(
-        corpus,
-        tokenizer,
-        directory,
-        validation_fraction=args.validation_fraction,
-        validation_split=args.validation_split,
-    )
-    return tokenizer, manifest
+    with _new_or_removed(directory):
+        trained = _write_source_once(args, corpus, directory)
+        manifest = prepare_shards(
+            corpus,
+            tokenizer or trained,
+            directory,
+            validation_fraction=args.validation_fraction,
+            validation_split=args.validation_split,
+            **how,
+        )
+    return tokenizer or trained, manifest
+
+
+def _is_trained(args: DataArguments) -> bool:
+    return args.tokenizer in ("bpe", "character")
+
+
+@contextmanager
+def _new_or_removed(directory: Path) -> Iterator[None]:
+    """Remove a folder that was made for a preparation which was refused before its first tokens."""
+    is_new = not directory.exists()
+    try:
+        yield
+    except UserError:
+        if is_new and not list(directory.glob("*.bin*")):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
 
 
 def default_data_dir(args: DataArguments, corpus: Corpus) -> str:
@@ -64,29 +91,45 @@ def default_data_dir(args: DataArguments, corpus: Corpus) -> str:
     return f"data/{source}-{vocabulary}-{digest}"
 
 
-def _prepared(args: DataArguments) -> tuple[PreTrainedTokenizerBase, Manifest]:
-    manifest = load_manifest(args.data_dir)
-    if args.dataset_name not in manifest.corpus:
-        raise UserError(f"{args.data_dir} holds shards of {manifest.corpus}, not of {args.dataset_name}")
-    trained = args.tokenizer in ("bpe", "character")
-    tokenizer = load_tokenizer(str(Path(args.data_dir) / "tokenizer") if trained else args.tokenizer)
-    return tokenizer, load_manifest(args.data_dir, tokenizer)
+def _source(args: DataArguments) -> dict:
+    """What a folder is made from, but for the text itself, which the shards' manifest knows by its hash."""
+    names = ("dataset_name", "dataset_config", "dataset_split", "text_column", "tokenizer")
+    names += ("validation_fraction", "validation_split")
+    return {name: getattr(args, name) for name in names} | (
+        {"vocab_size": args.vocab_size} if args.tokenizer == "bpe" else {}
+    )
 
 
-def _train_tokenizer_once(args: DataArguments, corpus: Corpus, directory: Path) -> PreTrainedTokenizerBase:
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_name(".tokenizer.lock")):
-        if not directory.exists():
-            text = _first_characters(corpus.documents(), TOKENIZER_TRAINING_CHARACTERS)
-            if args.tokenizer == "bpe":
-                tokenizer = train_bpe_tokenizer(text, args.vocab_size)
-            else:
-                tokenizer = train_character_tokenizer(text)
-            unfinished = directory.with_name("tokenizer.unfinished")
-            tokenizer.save_pretrained(unfinished)
-            unfinished.rename(directory)
-            print(f"trained a {args.tokenizer} tokenizer of {len(tokenizer):,} tokens on {corpus.description}")
-    return load_tokenizer(str(directory))
+def _check_source(directory: Path, args: DataArguments) -> None:
+    was = json.loads((directory / SOURCE).read_text())
+    for name, value in _source(args).items():
+        if was.get(name) != value:
+            raise UserError(
+                f"{directory} was made with {name}={was.get(name)}, not {value}: take another data_dir, or delete it"
+            )
+
+
+def _write_source_once(args: DataArguments, corpus: Corpus, directory: Path) -> PreTrainedTokenizerBase | None:
+    """Note what the folder is made from, or check it where that is done; train the tokenizer if one is to be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / ".source.lock"):
+        if (directory / SOURCE).exists():
+            _check_source(directory, args)
+        else:
+            if _is_trained(args):
+                _train_tokenizer(args, corpus, directory / TOKENIZER)
+            write_json(directory / SOURCE, _source(args))
+    return load_tokenizer(str(directory / TOKENIZER)) if _is_trained(args) else None
+
+
+def _train_tokenizer(args: DataArguments, corpus: Corpus, directory: Path) -> None:
+    text = _first_characters(corpus.documents(), TOKENIZER_TRAINING_CHARACTERS)
+    if args.tokenizer == "bpe":
+        tokenizer = train_bpe_tokenizer(text, args.vocab_size)
+    else:
+        tokenizer = train_character_tokenizer(text)
+    tokenizer.save_pretrained(directory)
+    print(f"trained a {args.tokenizer} tokenizer of {len(tokenizer):,} tokens on {corpus.description}")
 
 
 def _first_characters(documents: Iterator[str], limit: int) -> Iterator[str]:

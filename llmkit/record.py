@@ -3,6 +3,8 @@
 import json
 import os
 import time
+from contextlib import suppress
+from enum import Enum
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +17,14 @@ from llmkit.dataset import TokenWindows
 from llmkit.errors import UserError
 from llmkit.hardware import device_name
 
+LOG = "log.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "bitsandbytes")
+
+
+# What a resumed run cannot change: the first three would give it other batches, and the optimizer's own settings come
+# back with its state, so that others would be ignored.
+DECISIVE = ("total_batch_tokens", "seed", "data_seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2")
+DECISIVE += ("adam_epsilon", "optim", "lr_scheduler_type")
 
 
 def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict) -> dict:
@@ -24,9 +33,18 @@ def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict) -> d
     Args:
         data: the description, the fingerprint and the sizes of what is trained on.
     """
+    arguments = {key: value.value if isinstance(value, Enum) else value for key, value in vars(args).items()}
+    changed = [
+        key for key in changed_arguments(args) if isinstance(arguments[key], (bool, int, float, str, list, dict))
+    ]
     return {
-        "arguments": {key: str(value) for key, value in changed_arguments(args).items()},
-        "model": {"parameters": model.num_parameters(), "config": model.config.to_diff_dict()},
+        "arguments": {key: arguments[key] for key in changed},
+        "decisive": {key: arguments[key] for key in DECISIVE if key in arguments},
+        "model": {
+            "parameters": model.num_parameters(),
+            "attention": model.config._attn_implementation,
+            "config": model.config.to_diff_dict(),
+        },
         "data": data,
         "machine": {"device": device_name(args.device), "ranks": args.world_size, "cpus": os.cpu_count()},
         "versions": {"llmkit": llmkit.__version__} | {name: version(name) for name in PACKAGES if find_spec(name)},
@@ -44,6 +62,43 @@ def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
     }
 
 
+def read_log(path: Path) -> list[dict]:
+    """The records of a `log.jsonl`, without a last line that a kill cut short."""
+    records = []
+    for line in path.read_text().splitlines():
+        with suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def check_resume(checkpoint: str | Path, run: dict) -> None:
+    """Refuse to resume a checkpoint as something else than the run that wrote it, as that run's log tells.
+
+    Args:
+        run: the record of the run that would go on.
+
+    Raises:
+        UserError: other data, another model, or other settings that decide the batches or the optimizer.
+    """
+    log = Path(checkpoint).parent / LOG
+    earlier = [record["run"] for record in read_log(log) if "run" in record] if log.exists() else []
+    if not earlier:
+        return
+    was = earlier[-1]
+    if was["data"]["fingerprint"] != run["data"]["fingerprint"]:
+        raise UserError(
+            f"{checkpoint} was trained on other data ({was['data']['description']}) than what it would be resumed on "
+            f"({run['data']['description']}): give the same source and data_dir"
+        )
+    found = was["decisive"] | was["model"]["config"]
+    for key, value in json.loads(json.dumps(run["decisive"] | run["model"]["config"])).items():
+        if key not in ("transformers_version", "dtype") and found.get(key) != value:
+            raise UserError(
+                f"{checkpoint} would be resumed with {key}={value}, and its run had {found.get(key)}: give the run's "
+                "own setting, or start another run from its weights"
+            )
+
+
 class JsonlLog(TrainerCallback):
     """Everything that is logged, one JSON object a line, in `log.jsonl` of the run's folder.
 
@@ -52,11 +107,11 @@ class JsonlLog(TrainerCallback):
 
     Args:
         output_dir: the run's folder.
-        run: what is known of the run before its first step; `run["data"]["fingerprint"]` must not change on resume.
+        run: what is known of the run before its first step.
     """
 
     def __init__(self, output_dir: str, run: dict):
-        self.path = Path(output_dir) / "log.jsonl"
+        self.path = Path(output_dir) / LOG
         self.run = run
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -64,18 +119,9 @@ class JsonlLog(TrainerCallback):
             return
         kept = []
         if state.global_step and self.path.exists():
-            lines = self.path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-            self._check_same_data([json.loads(line)["run"] for line in kept if '"run": {' in line])
-        self.path.write_text("".join(line + "\n" for line in kept))
+            kept = [record for record in read_log(self.path) if record["step"] <= state.global_step]
+        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
         self.write(state.global_step, {"run": self.run})
-
-    def _check_same_data(self, runs: list[dict]) -> None:
-        if runs and runs[-1]["data"]["fingerprint"] != self.run["data"]["fingerprint"]:
-            raise UserError(
-                f"{self.path.parent} was trained on other data ({runs[-1]['data']['description']}) than what it would "
-                f"be resumed on ({self.run['data']['description']}): give the same source and data_dir"
-            )
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:

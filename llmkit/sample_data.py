@@ -1,6 +1,8 @@
-"""The embedded corpus, which needs no download: the Python standard library's own sources."""
+"""The embedded data, which needs no download: the Python standard library's own sources and docstrings."""
 
+import ast
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 # Folders that are no good to learn Python from. What is left is about 10 MB of code written by people.
@@ -30,3 +32,36 @@ def stdlib_sources() -> list[Path]:
         and not path.relative_to(root).parts[0].startswith(("_sysconfigdata", "_sysconfig_vars", "config-"))
         and path.stat().st_size > 0
     )
+
+
+def docstring_conversations() -> Iterator[str]:
+    """Questions about the standard library, answered by its docstrings, as guanaco writes conversations.
+
+    Functions and classes without an underscore that have a docstring. Those with a short signature get a second turn
+    that asks how to call them.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in stdlib_sources():
+        module = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        if any(part.startswith("_") for part in module.split(".")):
+            continue
+        for name, node in _public_definitions(ast.parse(path.read_bytes())):
+            docstring = ast.get_docstring(node) or ""
+            answer = " ".join(docstring.split("\n\n")[0].split())
+            if not 20 <= len(answer) <= 300:
+                continue
+            text = f"### Human: What does {module}.{name} do?### Assistant: {answer}"
+            if isinstance(node, ast.FunctionDef) and len(signature := ast.unparse(node.args)) <= 80:
+                call = f"{name.split('.')[-1]}({signature})"
+                text += f"### Human: How do I call it?### Assistant: `{call}`"
+            yield text
+
+
+def _public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+            yield node.name, node
+            members = node.body if isinstance(node, ast.ClassDef) else []
+            for member in members:
+                if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
+                    yield f"{node.name}.{member.name}", member

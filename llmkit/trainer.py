@@ -2,10 +2,12 @@
 
 import json
 import math
+import zipfile
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,7 +21,7 @@ from llmkit.evaluation import loss_metrics
 from llmkit.hardware import device_name, peak_flops
 from llmkit.loss import IGNORE_INDEX
 from llmkit.modeling_gpt2 import GPT2LMHeadModel
-from llmkit.record import JsonlLog, run_record, windows_record
+from llmkit.record import JsonlLog, check_resume, run_record, windows_record
 
 
 class PretrainTrainer(Trainer):
@@ -49,7 +51,7 @@ class PretrainTrainer(Trainer):
     ):
         block_size = train_dataset.block_size
         args.set_accumulation(block_size)
-        if args.max_steps <= 0:
+        if args.max_steps == -1:
             windows = args.num_train_epochs * len(train_dataset)
             args.max_steps = max(1, round(windows * block_size / args.total_batch_tokens))
         args.remove_unused_columns = False  # `shift_labels` reaches the model
@@ -60,7 +62,8 @@ class PretrainTrainer(Trainer):
             flops_per_token=model.config.flops_per_token(block_size),
             peak=peak * args.world_size if peak else None,
         )
-        log = JsonlLog(args.output_dir, run_record(args, model, windows_record(train_dataset, eval_dataset)))
+        self.record = run_record(args, model, windows_record(train_dataset, eval_dataset))
+        log = JsonlLog(args.output_dir, self.record)
         callbacks = [self.throughput, log]
         if args.sample_prompts:
             context = model.config.n_positions
@@ -78,6 +81,19 @@ class PretrainTrainer(Trainer):
         self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)
         self.evaluated_step = -1
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
+        if resume_from_checkpoint:
+            check_resume(resume_from_checkpoint, self.record)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except (TypeError, ValueError) as error:
+            kind, given = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
+            raise UserError(f"lr_scheduler_type {kind} does not take lr_scheduler_kwargs {given}: {error}") from error
 
     # Data
 
@@ -193,15 +209,17 @@ class PretrainTrainer(Trainer):
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """The checkpoint folder that `--resume_from_checkpoint` means: a path, or `latest` of the run's own folder.
 
-    A checkpoint counts where its `trainer_state.json`, which is written last, is whole: one that a kill cut short is
-    passed over. `latest` in a folder without any starts afresh, so that a job which may be requeued can always say it.
+    One that a kill cut short is passed over. `latest` in a folder without any starts afresh, so that a job which may
+    be started again can always say it.
 
     Raises:
         UserError: not a whole checkpoint; or a run is already there and nothing says to go on with it.
     """
-    checkpoints = sorted(
-        Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: int(path.name.split("-")[-1])
-    )
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"output_dir={args.output_dir} is a file: give a folder")
+    found = [path for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    checkpoints = sorted(found, key=lambda path: int(path.name.split("-")[-1]))
     wanted = args.resume_from_checkpoint
     if wanted is None:
         if checkpoints:
@@ -211,14 +229,27 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
             )
         return None
     if wanted != "latest":
-        if not _is_whole(Path(wanted)):
-            raise UserError(f"resume_from_checkpoint={wanted} is not a whole checkpoint folder: give one, or 'latest'")
+        if damage := _damage(Path(wanted)):
+            raise UserError(f"resume_from_checkpoint={wanted} is not a whole checkpoint: {damage}; or say 'latest'")
         return wanted
-    return next((str(path) for path in reversed(checkpoints) if _is_whole(path)), None)
+    return next((str(path) for path in reversed(checkpoints) if not _damage(path)), None)
 
 
-def _is_whole(checkpoint: Path) -> bool:
+def _damage(checkpoint: Path) -> str | None:
+    """What keeps a run from being resumed from this folder exactly, or None. Only the files' frames are read."""
+    for kind in ("*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth", TRAINER_STATE_NAME):
+        if not list(checkpoint.glob(kind)):
+            return f"{kind} is missing"
     try:
-        return "global_step" in json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
-    except (OSError, ValueError):
-        return False
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text())
+    except ValueError:
+        return f"{TRAINER_STATE_NAME} is cut short"
+    for path in checkpoint.iterdir():
+        if path.suffix in (".pt", ".pth", ".bin") and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut short"
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, framework="pt")
+            except SafetensorError:
+                return f"{path.name} is cut short"
+    return None

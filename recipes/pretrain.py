@@ -8,11 +8,9 @@ accelerate launch recipes/pretrain.py --text_files 'books/*.txt'    # any field 
 import sys
 from pathlib import Path
 
-from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from llmkit import GPT2LMHeadModel
-from llmkit.arguments import DataArguments, ModelArguments, PretrainArguments, RecipeParser
+from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments, RecipeParser
 from llmkit.dataset import TokenWindows
 from llmkit.errors import exit_on_user_error
 from llmkit.pretraining_data import prepare_pretraining_data
@@ -27,6 +25,7 @@ def main():
     parser = RecipeParser(
         (DataArguments, ModelArguments, PretrainArguments),
         default_config=Path(__file__).with_name("pretrain_quickstart.yaml"),
+        replaces=REPLACES,
     )
     data_args, model_args, args = parser.parse(sys.argv[1:])
     config = model_args.config()
@@ -40,11 +39,7 @@ def main():
     validation_windows = TokenWindows(manifest, "validation", block_size)
 
     # The model: the same weights on every rank, whatever happened before.
-    set_seed(args.seed)
-    if model_args.init_from:
-        model = GPT2LMHeadModel.from_pretrained(model_args.init_from, config=config)
-    else:
-        model = GPT2LMHeadModel(config.for_tokenizer(tokenizer))
+    model = model_args.model(tokenizer, args.seed)
     tokenizer.model_max_length = config.n_positions
 
     trainer = PretrainTrainer(model, args, train_windows, validation_windows, processing_class=tokenizer)
@@ -55,8 +50,8 @@ def main():
         return
 
     # A checkpoint in the run's folder itself, and on the Hub with `push_to_hub: true`.
-    trainer.evaluate()
     trainer.save_model()
+    trainer.evaluate()
     trainer.accelerator.print(f"saved {args.output_dir}")
     trainer.accelerator.wait_for_everyone()  # no rank takes its connections away while another still saves
     trainer.accelerator.end_training()

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkit.arguments import DataArguments, ModelArguments, PretrainArguments, RecipeParser
+from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments, RecipeParser
 from llmkit.errors import UserError
+from llmkit.tokenizer import train_character_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(RECIPES.glob("pretrain_*.yaml"))
@@ -54,12 +55,14 @@ def test_command_line_wins_and_types_are_read_alike(tmp_path):
     [
         ("max_step: 10", r"recipe.yaml: unknown argument max_step: did you mean max_steps\?"),
         ("max_steps: 10\nseed: 1\nmax_steps: 20", "recipe.yaml.*line 3: key 'max_steps' stands there twice"),
-        ("max_steps: many", "recipe.yaml: --max_steps.*invalid int value: 'many'"),
-        ("max_steps: 1.5", "recipe.yaml: --max_steps.*invalid int value: '1.5'"),
-        ("max_steps: true", "recipe.yaml: --max_steps.*invalid int value: 'True'"),
+        ("max_steps: many", "recipe.yaml: --max_steps: invalid int value: 'many'"),
+        ("max_steps: 1.5", "recipe.yaml: --max_steps: invalid int value: '1.5'"),
+        ("max_steps: true", "recipe.yaml: --max_steps: invalid int value: 'True'"),
         ("bf16: perhaps", "recipe.yaml: --bf16.*perhaps"),
         ("validation_split: half", "recipe.yaml: --validation_split.*'half'.*document.*tail"),
         ("- a\n- b", "recipe.yaml: a recipe is"),
+        ("learning_rate: [1, 2]", r"recipe.yaml: learning_rate takes one value, not a list: \[1, 2\]"),
+        ("config: other.yaml", "recipe.yaml: unknown argument config"),
         ("a: [", "recipe.yaml is not valid YAML"),
     ],
 )
@@ -78,6 +81,14 @@ def test_bad_command_lines(tmp_path):
         (["--gradient_accumulation_steps", "4"], "derived from total_batch_tokens"),
         (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is not supported"),
         (["--total_batch_tokens", "0"], "total_batch_tokens=0: must be at least 1"),
+        (["--max_steps", "0"], "nothing to train"),
+        (["--sample_tokens", "0"], "sample_tokens=0: must be at least 1"),
+        (["--learning_rate", "-1"], "cannot be negative"),
+        (["--validation_fraction", "1"], "validation_fraction=1.0: it lies between 0 and 1"),
+        (["--vocab_size", "100"], "vocab_size=100.*at least 257"),
+        (["--report_to", "nonsense"], "report_to=nonsense is not installed here"),
+        (["--lr_scheduler_type", "steep"], "steep"),
+        (["--text_files", "a", "--dataset_name", "b"], "both set"),
     ]:
         with pytest.raises(UserError, match=message):
             parse(path, *argv)
@@ -90,11 +101,38 @@ def test_bad_command_lines(tmp_path):
         ({"n_layer": 0}, "n_layer=0: must be at least 1"),
         ({"preset": "117M"}, "unknown preset '117M': choose one of 124M"),
         ({"init_from": "somewhere", "n_layer": 2}, "init_from brings its own shape"),
+        ({"dropout": 2.0}, "dropout=2.0: it lies between 0 and 1"),
+        ({"attn_implementation": "nonsense"}, "attn_implementation=nonsense: choose one of .*sdpa"),
     ],
 )
 def test_bad_models(model, message):
     with pytest.raises(UserError, match=message):
         ModelArguments(**model).config()
+
+
+def test_a_preset_on_the_command_line_replaces_the_files_shape(tmp_path):
+    path = recipe(tmp_path, "n_layer: 2\nn_head: 2\nn_embd: 32\nblock_size: 16\noutput_dir: x\n")
+    parser = RecipeParser((DataArguments, ModelArguments, PretrainArguments), path, replaces=REPLACES)
+    assert parser.parse(["--preset", "355M"])[1].config().num_parameters == 354_823_168
+    assert parser.parse(["--n_layer", "3"])[1].config().n_layer == 3
+
+
+def test_what_the_model_is_made_of(tmp_path):
+    """The attention asked for, the tokenizer's vocabulary, and a checkpoint's own tokenizer."""
+    tokenizer = train_character_tokenizer(["abc"])
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8}
+    model = ModelArguments(**shape, attn_implementation="eager").model(tokenizer, seed=1)
+    assert model.config._attn_implementation == "eager"
+    assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
+    again = ModelArguments(init_from=str(tmp_path)).model(tokenizer, seed=2)
+    assert torch.equal(again.transformer.wte.weight, model.transformer.wte.weight)
+    with pytest.raises(UserError, match="the tokenizer 6 and"):
+        ModelArguments(init_from=str(tmp_path)).model(train_character_tokenizer(["abcd"]), seed=1)
+    with pytest.raises(UserError, match="block_size=16 is more than .* 8"):
+        ModelArguments(init_from=str(tmp_path), block_size=16).config()
+    with pytest.raises(UserError, match="nowhere"):
+        ModelArguments(init_from=str(tmp_path / "nowhere")).model(tokenizer, seed=1)
 
 
 def test_accumulation_is_derived_from_tokens(tmp_path):

@@ -1,5 +1,5 @@
+import dataclasses
 import errno
-import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +8,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmkit import cli
+from llmkit.arguments import DataArguments
 from llmkit.errors import UserError, exit_on_user_error
 from llmkit.manifest import load_manifest
-from llmkit.shards import prepare_shards
 from llmkit.tokenizer import train_bpe_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture
 def text_file(tmp_path) -> str:
     path = tmp_path / "text.txt"
-    path.write_text(Path(inspect.__file__).read_text(encoding="utf-8"), encoding="utf-8")
+    path.write_text(Path(dataclasses.__file__).read_text(encoding="utf-8"), encoding="utf-8")
     return str(path)
 
 
@@ -105,27 +105,32 @@ def test_shards_prepare_makes_shards_and_says_how_many_tokens(text_file, tokeniz
     assert said in capsys.readouterr().out
 
 
-def test_shards_prepare_hands_over_every_flag(text_file, tokenizer, tmp_path, monkeypatch):
+def test_shards_prepare_hands_over_every_flag(text_file, tokenizer, monkeypatch):
     received = {}
 
-    def stop(corpus, tokenizer, output, **options):
-        received.update(options, corpus=corpus.description, vocab_size=len(tokenizer), output=output)
+    def stop(args, **how):
+        received.update(vars(args), **how)
         raise UserError("far enough")
 
-    monkeypatch.setattr("llmkit.shards.prepare_shards", stop)
+    monkeypatch.setattr("llmkit.pretraining_data.prepare_pretraining_data", stop)
     flags = {"validation_fraction": 0.2, "validation_split": "tail", "num_workers": 3, "shard_tokens": 77}
     argv = ["shards", "prepare", "--output", "shards", "--tokenizer", tokenizer, "--text_files", text_file]
     with pytest.raises(SystemExit):
         cli.main(argv + [word for name, value in flags.items() for word in (f"--{name}", str(value))])
-    assert received == {**flags, "corpus": "text.txt", "vocab_size": 300, "output": "shards"}
+    expected = {**flags, "tokenizer": tokenizer, "text_files": [text_file], "data_dir": "shards"}
+    assert expected.items() <= received.items()
 
 
-def test_defaults_of_shards_prepare_are_those_of_the_function():
-    args = vars(cli._parser().parse_args(["shards", "prepare", "--output", "o", "--tokenizer", "t"]))
-    parameters = inspect.signature(prepare_shards).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+def test_defaults_of_shards_prepare_are_the_recipes():
+    """So that shards prepared on a login node are found again by a recipe that says the same."""
+    args = vars(cli._parser().parse_args(["shards", "prepare", "--output", "o"]))
+    defaults = {field.name: field.default for field in dataclasses.fields(DataArguments) if field.name != "data_dir"}
     assert defaults == {name: args[name] for name in defaults}
-    assert {"validation_fraction", "shard_tokens"} <= set(defaults)
+
+
+def test_a_file_where_a_folder_should_be(text_file, tokenizer, capsys):
+    argv = ["shards", "prepare", "--output", text_file, "--tokenizer", tokenizer, "--text_files", text_file]
+    assert text_file in failing(argv, capsys)
 
 
 def test_shards_prepare_without_such_a_tokenizer(text_file, tmp_path, capsys):

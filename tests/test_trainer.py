@@ -203,26 +203,46 @@ def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
         run.train()
 
 
-def test_checkpoints_to_resume(tmp_path):
+def test_checkpoints_to_resume(data, tmp_path):
     def args(**arguments) -> PretrainArguments:
         return PretrainArguments(output_dir=str(tmp_path / "run"), **arguments)
 
-    def checkpoint(step: int, state: str) -> Path:
-        folder = tmp_path / "run" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        (folder / "trainer_state.json").write_text(state)
-        return folder
-
     assert checkpoint_to_resume(args()) is None
     assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) is None
-    whole = checkpoint(90, '{"global_step": 90}')
-    cut_short = checkpoint(100, '{"global_st')
-    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(whole)
-    assert checkpoint_to_resume(args(resume_from_checkpoint=str(whole))) == str(whole)
-    with pytest.raises(UserError, match="checkpoint-100 is not a whole checkpoint"):
-        checkpoint_to_resume(args(resume_from_checkpoint=str(cut_short)))
+    trainer(data, tmp_path / "run", save_strategy="steps", save_steps=2).train()
+    (tmp_path / "run" / "checkpoint-best").mkdir()
+    *_, earlier, last = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4, 6))
+    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(last)
     with pytest.raises(UserError, match="holds the checkpoints of a run.*--resume_from_checkpoint latest"):
         checkpoint_to_resume(args())
+    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"):
+        whole = (last / name).read_bytes()
+        (last / name).write_bytes(whole[: len(whole) // 2])
+        assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(earlier)
+        with pytest.raises(UserError, match=f"checkpoint-6 is not a whole checkpoint: {name} is cut short"):
+            checkpoint_to_resume(args(resume_from_checkpoint=str(last)))
+        (last / name).unlink()
+        assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(earlier)
+        (last / name).write_bytes(whole)
+    assert checkpoint_to_resume(args(resume_from_checkpoint=str(earlier))) == str(earlier)
+
+
+def test_resuming_with_other_settings_is_refused(data, tmp_path):
+    """What the optimizer's state would override, what would give other batches, and another model."""
+    how = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(data, tmp_path, **how).train()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')  # as a kill leaves it
+    changes = {"learning_rate": 1e-5, "total_batch_tokens": 16 * BLOCK, "seed": 7, "weight_decay": 0.2}
+    for name, value in changes.items():
+        with pytest.raises(UserError, match=f"checkpoint-2 would be resumed with {name}={value}, and its run had"):
+            trainer(data, tmp_path, **how, **{name: value}).train(
+                resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+            )
+    run = trainer(data, tmp_path / "elsewhere", **how)
+    run.record["model"]["config"]["n_head"] = 4
+    with pytest.raises(UserError, match="resumed with n_head=4, and its run had 2"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
 def test_resuming_on_other_data_is_refused(data, tmp_path):
