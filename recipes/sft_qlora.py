@@ -1,0 +1,74 @@
+"""Fine-tune a language model with QLoRA: conversations -> audit -> 4-bit base + adapter -> SFTTrainer -> adapter.
+
+accelerate launch recipes/sft_qlora.py                                            # Phi-2 on openassistant-guanaco
+accelerate launch recipes/sft_qlora.py --config recipes/sft_qlora_quickstart.yaml   # offline, on a laptop
+accelerate launch recipes/sft_qlora.py --model my/model --data_files chats.jsonl   # any field of the recipe
+"""
+
+import sys
+import warnings
+from pathlib import Path
+
+import datasets
+from transformers.utils.logging import disable_progress_bar
+
+from llmkit.adapters import (
+    AdapterArguments,
+    check_run,
+    dtype_ledger,
+    load_base_config,
+    load_base_model,
+    load_chat_tokenizer,
+)
+from llmkit.arguments import RecipeParser
+from llmkit.audit import audit, show_tokens
+from llmkit.conversations import ConversationArguments, encode_all, load_conversations
+from llmkit.errors import exit_on_user_error
+from llmkit.sft import ConversationTrainer, SFTArguments
+from llmkit.trainer import checkpoint_to_resume
+
+
+@exit_on_user_error
+def main():
+    disable_progress_bar()  # of transformers and datasets; the training has its own
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
+
+    # What to do. Everything that can be refused is refused here, before anything is written.
+    parser = RecipeParser(
+        (ConversationArguments, AdapterArguments, SFTArguments),
+        default_config=Path(__file__).with_name("sft_qlora.yaml"),
+    )
+    data_args, adapter_args, args = parser.parse(sys.argv[1:])
+    resume_from = checkpoint_to_resume(args)
+    check_run(args, load_base_config(adapter_args), args.max_length)
+    say = print if args.process_index == 0 else lambda *_: None
+
+    # Conversations -> tokens and labels, and what would be learned from them.
+    tokenizer = load_chat_tokenizer(adapter_args)
+    train, validation = load_conversations(data_args)
+    train_rows, validation_rows = encode_all(train, tokenizer), encode_all(validation, tokenizer)
+    findings = audit(train, train_rows, tokenizer, args.max_length)
+    say(findings.table(), "\n\n" + show_tokens(train_rows[0], tokenizer, color=sys.stdout.isatty()), "\n")
+    findings.check()
+    audit(validation, validation_rows, tokenizer, args.max_length).check()
+
+    # The frozen base in 4 bits, on this rank's device, and an adapter on it.
+    model = load_base_model(adapter_args, args.compute_dtype, args.device)
+    lora_config = adapter_args.lora_config(model)
+    trainer = ConversationTrainer(model, args, lora_config, train_rows, validation_rows, tokenizer, train.description)
+    say(dtype_ledger(trainer.model))
+
+    trainer.train(resume_from_checkpoint=resume_from)
+    if trainer.state.global_step < trainer.state.max_steps:
+        say("stopped by a signal, checkpoint saved: --resume_from_checkpoint latest goes on")
+        return
+
+    # The adapter in the run's folder itself, and on the Hub with `push_to_hub: true`.
+    trainer.evaluate()
+    trainer.save_model()
+    say(f"saved {args.output_dir}; `llmkit merge {args.output_dir} FOLDER` makes a plain checkpoint of it")
+
+
+if __name__ == "__main__":
+    main()
