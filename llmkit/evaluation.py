@@ -3,7 +3,7 @@
 import math
 
 
-def loss_metrics(nats: float, tokens: int, tokens_per_byte: float) -> dict[str, float]:
+def loss_metrics(nats: float, tokens: int, tokens_per_byte: float | None) -> dict[str, float]:
     """Loss, perplexity and bits per byte from the summed cross-entropy of held-out text.
 
     Loss and perplexity are per token, so they compare models of one tokenizer. Bits per byte do not depend on the
@@ -12,11 +12,10 @@ def loss_metrics(nats: float, tokens: int, tokens_per_byte: float) -> dict[str, 
     Args:
         nats: cross-entropy summed over the tokens.
         tokens: how many were predicted.
-        tokens_per_byte: tokens over UTF-8 bytes of the whole split that they come from.
+        tokens_per_byte: tokens over UTF-8 bytes of the whole split that they come from; None leaves bits per byte out.
     """
     loss = nats / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
-    }
+    metrics = {"loss": loss, "perplexity": math.exp(loss) if loss < 700 else math.inf}
+    if tokens_per_byte is not None:
+        metrics["bits_per_byte"] = loss / math.log(2) * tokens_per_byte
+    return metrics

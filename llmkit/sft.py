@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,17 +10,16 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from llmkit.adapters import QUANTIZATION_CONFIG
 from llmkit.arguments import check_report_to, choose_precision, use_wandb_offline_without_login
-from llmkit.callbacks import ProgressLine, Samples, StopOnSignal, Throughput
+from llmkit.callbacks import Samples, Throughput
 from llmkit.errors import UserError
-from llmkit.evaluation import loss_metrics
+from llmkit.exact_trainer import ExactTrainer
 from llmkit.loss import IGNORE_INDEX
-from llmkit.record import JsonlLog, check_resume, run_record
+from llmkit.record import JsonlLog, run_record
 
 
 @dataclass
@@ -65,7 +63,7 @@ class SFTArguments(SFTConfig):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
 
 
-class ConversationTrainer(SFTTrainer):
+class ConversationTrainer(ExactTrainer, SFTTrainer):
     """Trains an adapter on rows of `input_ids` and `labels`.
 
     SFTTrainer cuts and packs the rows, and computes the loss from the hidden states at the trained positions, in
@@ -130,18 +128,8 @@ class ConversationTrainer(SFTTrainer):
             ]
             context = model.config.max_position_embeddings
             self.add_callback(Samples(tokenizer, prompts, args.sample_tokens, context, log))
-        self.add_callback(StopOnSignal(self.accelerator))
-        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(ProgressLine)
         self.is_quantized = any(isinstance(module, Linear4bit) for module in model.modules())
-        self.evaluated_step = -1
         self.tokens_since_log = 0
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
-        if resume_from_checkpoint:
-            check_resume(resume_from_checkpoint, self.record)
-        return super().train(resume_from_checkpoint, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step; counts its tokens, and the trained ones among them, over all ranks."""
@@ -165,30 +153,12 @@ class ConversationTrainer(SFTTrainer):
             dataset = concatenate_datasets([dataset] + [filler] * missing)
         return super().get_eval_dataloader(dataset)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """SFTTrainer's; asked again at the same step it does not do the work again."""
-        if eval_dataset is not None:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.evaluated_step != self.state.global_step:
-            self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
-            self.evaluated_step = self.state.global_step
-        return self.metrics
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Notes the batch's summed loss and its number of targets for `evaluation_loop`; returns nothing to gather."""
         loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
         targets = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss.device)
         self.eval_sums.append(torch.stack([loss * targets, targets]))
         return None, None, None
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        """Trainer's loop, with the loss weighted by tokens over all batches and ranks (Trainer averages batches)."""
-        self.eval_sums = []  # of (nats, targets)
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, tokens = self.accelerator.gather(torch.stack(self.eval_sums)).double().view(-1, 2).sum(dim=0).tolist()
-        metrics = loss_metrics(nats, int(tokens), tokens_per_byte=0.0)
-        output.metrics.update({f"{metric_key_prefix}_{name}": metrics[name] for name in ("loss", "perplexity")})
-        return output
 
     # Logging and saving
 
@@ -198,11 +168,6 @@ class ConversationTrainer(SFTTrainer):
             logs |= self.throughput.measure(self.state.global_step, self.tokens_since_log)
             self.tokens_since_log = 0
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate "
-                f"({self.args.learning_rate}) or check the data, and resume from a checkpoint before this step"
-            )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The adapter and the tokenizer, how to stop, and how the base was quantized."""

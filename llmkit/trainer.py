@@ -1,7 +1,6 @@
 """Trainer for pretraining, extended at its seams: data loaders, the count of targets, evaluation, logging."""
 
 import json
-import math
 import zipfile
 from pathlib import Path
 
@@ -9,22 +8,22 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmkit.arguments import PretrainArguments
-from llmkit.callbacks import ProgressLine, Samples, StopOnSignal, Throughput
+from llmkit.callbacks import Samples, Throughput
 from llmkit.dataset import TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
-from llmkit.evaluation import loss_metrics
+from llmkit.exact_trainer import ExactTrainer
 from llmkit.hardware import device_name, peak_flops
 from llmkit.loss import IGNORE_INDEX
 from llmkit.modeling_gpt2 import GPT2LMHeadModel
-from llmkit.record import JsonlLog, check_resume, run_record, windows_record
+from llmkit.record import JsonlLog, run_record, windows_record
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(ExactTrainer):
     """Trains on windows of token shards.
 
     The batch of step s is a function of the seed and s alone: `WindowBatchSampler` orders all windows, and the ranks
@@ -77,16 +76,7 @@ class PretrainTrainer(Trainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.add_callback(StopOnSignal(self.accelerator))
-        self.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
-        self.add_callback(ProgressLine)
-        self.evaluated_step = -1
-
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
-        if resume_from_checkpoint:
-            check_resume(resume_from_checkpoint, self.record)
-        return super().train(resume_from_checkpoint, **kwargs)
+        self.tokens_per_byte = eval_dataset.tokens_per_byte
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         try:
@@ -134,31 +124,13 @@ class PretrainTrainer(Trainer):
 
     # Evaluation
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Trainer's; asked again at the same step it does not do the work again."""
-        if eval_dataset is not None:
-            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.evaluated_step != self.state.global_step:
-            self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
-            self.evaluated_step = self.state.global_step
-        return self.metrics
-
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Notes the batch's summed loss and its number of targets for `evaluation_loop`; returns nothing to gather."""
+        """Notes the batch's summed loss and its number of targets; there is nothing to gather."""
         with torch.no_grad():
             # Divided by one item: the sum. Logits of one position, for nobody looks at them here.
             nats = model(**inputs, num_items_in_batch=1, logits_to_keep=1).loss
         self.eval_sums.append(torch.stack([nats, (inputs["shift_labels"] != IGNORE_INDEX).sum()]))
         return None, None, None
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        """Trainer's loop, with the loss weighted by tokens over all batches and ranks (Trainer averages batches)."""
-        self.eval_sums = []  # of (nats, targets)
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, tokens = self.accelerator.gather(torch.stack(self.eval_sums)).cpu().double().sum(dim=0).tolist()
-        metrics = loss_metrics(nats, int(tokens), dataloader.dataset.tokens_per_byte)
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
 
     # Logging
 
@@ -172,11 +144,6 @@ class PretrainTrainer(Trainer):
         # Trainer's epoch is the whole run here. Passes over the text are what a reader means.
         self.state.epoch = self.state.global_step * self.args.total_batch_tokens / self.train_tokens
         super().log(logs, start_time)
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate "
-                f"({self.args.learning_rate}) or check the data, and resume from a checkpoint before this step"
-            )
 
     @property
     def train_tokens(self) -> int:
