@@ -167,9 +167,9 @@ def _prepare_shards(args: argparse.Namespace) -> None:
 
 def _audit(args: argparse.Namespace) -> None:
     from llmkit.adapters import AdapterArguments, load_chat_tokenizer
-    from llmkit.arguments import RecipeParser
     from llmkit.audit import audit, show_tokens
     from llmkit.conversations import ConversationArguments, encode_all, load_conversations
+    from llmkit.recipe_parser import RecipeParser
     from llmkit.sft import SFTArguments
 
     parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments, RecipeParser
+from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments
 from llmkit.dataset import TokenWindows
 from llmkit.errors import exit_on_user_error
 from llmkit.pretraining_data import prepare_pretraining_data
+from llmkit.recipe_parser import RecipeParser
 from llmkit.trainer import PretrainTrainer, checkpoint_to_resume
 
 

@@ -20,10 +20,10 @@ from llmkit.adapters import (
     load_base_model,
     load_chat_tokenizer,
 )
-from llmkit.arguments import RecipeParser
 from llmkit.audit import audit, show_tokens
 from llmkit.conversations import ConversationArguments, encode_all, load_conversations
 from llmkit.errors import exit_on_user_error
+from llmkit.recipe_parser import RecipeParser
 from llmkit.sft import ConversationTrainer, SFTArguments
 from llmkit.trainer import checkpoint_to_resume
 

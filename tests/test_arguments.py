@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments, RecipeParser
+from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments
 from llmkit.errors import UserError
+from llmkit.recipe_parser import RecipeParser
 from llmkit.tokenizer import train_character_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "recipes"

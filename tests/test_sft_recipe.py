@@ -215,8 +215,8 @@ def test_llmkit_audit_shows_what_a_recipe_would_train(work, capsys):
 
 def test_the_default_recipe_is_phi_2_on_guanaco():
     from llmkit.adapters import AdapterArguments
-    from llmkit.arguments import RecipeParser
     from llmkit.conversations import ConversationArguments
+    from llmkit.recipe_parser import RecipeParser
     from llmkit.sft import SFTArguments
 
     found = sorted((ROOT / "recipes").glob("sft_qlora*.yaml"))
