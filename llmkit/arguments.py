@@ -163,8 +163,6 @@ class PretrainArguments(TrainingArguments):
         if self.torch_compile is None:
             self.torch_compile = device_type == "cuda"
         super().__post_init__()
-        if "wandb" in self.report_to:
-            use_wandb_offline_without_login()
         batch_sizes = ("total_batch_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
         for name in (*batch_sizes, "sample_tokens"):
             if getattr(self, name) < 1:
@@ -173,7 +171,7 @@ class PretrainArguments(TrainingArguments):
             raise UserError("nothing to train: give max_steps of 1 or more, or num_train_epochs above 0")
         if not (self.learning_rate >= 0 and self.seed >= 0 and (self.data_seed or 0) >= 0):
             raise UserError("learning_rate, seed and data_seed cannot be negative")
-        check_report_to(self.report_to)
+        set_up_reporting(self.report_to)
         if self.gradient_accumulation_steps != 1:
             raise UserError("gradient_accumulation_steps is derived from total_batch_tokens: leave it out")
         if self.label_smoothing_factor:
@@ -218,20 +216,20 @@ def choose_precision(args: TrainingArguments) -> str:
     return device_type
 
 
-def check_report_to(report_to: list[str]) -> None:
-    """Refuse a logging service that is not there, before anything is written."""
+def set_up_reporting(report_to: list[str]) -> None:
+    """Refuse a logging service that is not there, before anything is written, and let wandb work without a login.
+
+    Where nobody is logged in, wandb writes under ./wandb for a later `wandb sync`, in place of an error.
+    """
     available = get_available_reporting_integrations()
     if missing := [name for name in report_to if name not in available]:
         raise UserError(f"report_to={missing[0]} is not installed here: choose from {', '.join(available)} and none")
+    if "wandb" in report_to and "WANDB_MODE" not in os.environ:
+        import wandb
 
-
-def use_wandb_offline_without_login() -> None:
-    """Where nobody is logged in, wandb writes under ./wandb for a later `wandb sync`, in place of an error."""
-    import wandb
-
-    if "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False):
-        os.environ["WANDB_MODE"] = "offline"
-        wandb.teardown()  # it reads its environment once, and has just done so
+        if not wandb.login(prompt=False, verify=False):
+            os.environ["WANDB_MODE"] = "offline"
+            wandb.teardown()  # it reads its environment once, and has just done so
 
 
 def changed_arguments(arguments) -> dict:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from llmkit.adapters import QUANTIZATION_CONFIG
-from llmkit.arguments import check_report_to, choose_precision, use_wandb_offline_without_login
+from llmkit.arguments import choose_precision, set_up_reporting
 from llmkit.callbacks import Samples, Throughput
 from llmkit.errors import UserError
 from llmkit.exact_trainer import ExactTrainer
@@ -46,9 +46,7 @@ class SFTArguments(SFTConfig):
     def __post_init__(self):
         choose_precision(self)
         super().__post_init__()
-        check_report_to(self.report_to)
-        if "wandb" in self.report_to:
-            use_wandb_offline_without_login()
+        set_up_reporting(self.report_to)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
