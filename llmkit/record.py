@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from enum import Enum
 from importlib.metadata import version
@@ -27,18 +28,22 @@ DECISIVE = ("total_batch_tokens", "seed", "data_seed", "learning_rate", "weight_
 DECISIVE += ("adam_epsilon", "optim", "lr_scheduler_type")
 
 
-def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict) -> dict:
+def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict, source: Sequence = ()) -> dict:
     """What is known of a run before its first step: arguments that are not defaults, model, data, machine.
 
     Args:
         data: the description, the fingerprint and the sizes of what is trained on.
+        source: the dataclasses that say where data and model came from.
     """
     arguments = {key: value.value if isinstance(value, Enum) else value for key, value in vars(args).items()}
     changed = [
-        key for key in changed_arguments(args) if isinstance(arguments[key], (bool, int, float, str, list, dict))
+        key
+        for key in changed_arguments(args)
+        if isinstance(arguments[key], (bool, int, float, str, list, dict)) and not key.endswith("_token")  # a secret
     ]
     return {
         "arguments": {key: arguments[key] for key in changed},
+        "source": {key: value for part in source for key, value in changed_arguments(part).items()},
         "decisive": {key: arguments[key] for key in DECISIVE if key in arguments},
         "model": {
             "parameters": model.num_parameters(),
@@ -56,9 +61,12 @@ def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
     return {
         "description": train.manifest.corpus,
         "fingerprint": train.manifest.fingerprint,
+        "block_size": train.block_size,
         "train_tokens": train.num_tokens,
+        "train_documents": train.manifest.splits["train"].documents,
+        "train_bytes": train.num_bytes,
         "validation_tokens": held_out.num_tokens,
-        "tokens_per_byte": train.tokens_per_byte,
+        "tokens_per_byte": held_out.tokens_per_byte,
     }
 
 

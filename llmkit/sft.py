@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -75,6 +76,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         train_rows, eval_rows: the encoded conversations.
         tokenizer: with chat template and padding token; saved with each checkpoint.
         description: of the data, for the log.
+        source: the dataclasses that say where data and model came from, for the run's record.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         eval_rows: Dataset,
         tokenizer: PreTrainedTokenizerBase,
         description: str,
+        source: Sequence = (),
     ):
         # Generation stops at the token that is trained to end an answer, whatever the base was told.
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
@@ -114,7 +117,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
             "conversations": len(train_rows),
             "validation_conversations": len(eval_rows),
         }
-        self.record = run_record(args, model, data)
+        self.record = run_record(args, model, data, source)
         log = JsonlLog(args.output_dir, self.record)
         self.add_callback(log)
         if args.sample_prompts:

@@ -2,6 +2,7 @@
 
 import json
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ class PretrainTrainer(ExactTrainer):
         args: with `max_steps` or `num_train_epochs`; the accumulation is set from `total_batch_tokens`.
         train_dataset, eval_dataset: windows of one block size.
         processing_class: the tokenizer, saved with each checkpoint.
+        source: the dataclasses that say where data and model came from, for the run's record.
 
     Raises:
         UserError: a batch that cannot be shared out, or that is larger than the training set.
@@ -47,6 +49,7 @@ class PretrainTrainer(ExactTrainer):
         train_dataset: TokenWindows,
         eval_dataset: TokenWindows,
         processing_class: transformers.PreTrainedTokenizerBase,
+        source: Sequence = (),
     ):
         block_size = train_dataset.block_size
         args.set_accumulation(block_size)
@@ -61,7 +64,7 @@ class PretrainTrainer(ExactTrainer):
             flops_per_token=model.config.flops_per_token(block_size),
             peak=peak * args.world_size if peak else None,
         )
-        self.record = run_record(args, model, windows_record(train_dataset, eval_dataset))
+        self.record = run_record(args, model, windows_record(train_dataset, eval_dataset), source)
         log = JsonlLog(args.output_dir, self.record)
         callbacks = [self.throughput, log]
         if args.sample_prompts:

@@ -43,7 +43,9 @@ def main():
     model = model_args.model(tokenizer, args.seed)
     tokenizer.model_max_length = config.n_positions
 
-    trainer = PretrainTrainer(model, args, train_windows, validation_windows, processing_class=tokenizer)
+    trainer = PretrainTrainer(
+        model, args, train_windows, validation_windows, processing_class=tokenizer, source=(data_args, model_args)
+    )
     trainer.accelerator.print(trainer.summary())
     trainer.train(resume_from_checkpoint=resume_from)
     if trainer.state.global_step < args.max_steps:

@@ -56,7 +56,9 @@ def main():
     # The frozen base in 4 bits, on this rank's device, and an adapter on it.
     model = load_base_model(adapter_args, args.compute_dtype, args.device)
     lora_config = adapter_args.lora_config(model)
-    trainer = ConversationTrainer(model, args, lora_config, train_rows, validation_rows, tokenizer, train.description)
+    trainer = ConversationTrainer(
+        model, args, lora_config, train_rows, validation_rows, tokenizer, train.description, (data_args, adapter_args)
+    )
     say(dtype_ledger(trainer.model))
 
     trainer.train(resume_from_checkpoint=resume_from)

@@ -123,7 +123,7 @@ def test_shards_prepare_hands_over_every_flag(text_file, tokenizer, monkeypatch)
 
 def test_defaults_of_shards_prepare_are_the_recipes():
     """So that shards prepared on a login node are found again by a recipe that says the same."""
-    args = vars(cli._parser().parse_args(["shards", "prepare", "--output", "o"]))
+    args = vars(cli.parser().parse_args(["shards", "prepare", "--output", "o"]))
     defaults = {field.name: field.default for field in dataclasses.fields(DataArguments) if field.name != "data_dir"}
     assert defaults == {name: args[name] for name in defaults}
 
@@ -158,7 +158,7 @@ def test_help_does_not_wait_for_heavy_libraries():
 
 def test_as_a_module_a_mistake_has_status_2_and_no_traceback():
     done = subprocess.run(
-        [sys.executable, "-m", "llmkit.cli", "tokenizer"], cwd=ROOT, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "llmkit", "tokenizer"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

@@ -1,47 +1,18 @@
-"""The `llmkit` command: the steps before and after training.
-
-    llmkit tokenizer train --output my_tokenizer --text_files 'books/*.txt'
-    llmkit shards prepare --output my_shards --tokenizer my_tokenizer --text_files 'books/*.txt'
-    llmkit audit recipes/sft_qlora.yaml --max_length 512
-    llmkit merge runs/sft_qlora merged
-
-The flags have the names of the recipes' fields.
-"""
+"""Commands that turn text into tokens: `tokenizer train`, `shards prepare`."""
 
 import argparse
 import dataclasses
 import itertools
-import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from llmkit.errors import UserError, exit_on_user_error
-
-# Libraries are imported inside the commands: `llmkit --help` need not wait for torch.
+from llmkit.errors import UserError
 
 DEFAULT_VOCAB_SIZE = 4096
 
 
-class _Parser(argparse.ArgumentParser):
-    """Tells a mistake as everything here does, in one line and not below a page of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-
-@exit_on_user_error
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command; a user's mistake ends it with one line and status 2."""
-    args = _parser().parse_args(argv)
-    args.command(args)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="llmkit", description="The steps before and after training.")
-    nouns = parser.add_subparsers(metavar="{tokenizer,shards,audit,merge}", required=True)
-
+def add_commands(nouns) -> None:
+    """Add what is here to the command's parser."""
     verbs = nouns.add_parser("tokenizer", help="make a tokenizer").add_subparsers(metavar="{train}", required=True)
     train = verbs.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
     train.add_argument("--output", required=True, help="folder for the tokenizer")
@@ -78,21 +49,6 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--num_workers", type=int, help="threads that tokenize (default: all cores)")
     prepare.add_argument("--shard_tokens", type=int, help="tokens in a shard (default: 100_000_000)")
     prepare.set_defaults(command=_prepare_shards)
-
-    audit = nouns.add_parser("audit", help="show what a fine-tuning recipe would train", allow_abbrev=False)
-    audit.add_argument("recipe", help="the recipe, such as recipes/sft_qlora.yaml")
-    audit.add_argument("fields", nargs=argparse.REMAINDER, help="any field of the recipe, as --field value")
-    audit.set_defaults(command=_audit)
-
-    merge = nouns.add_parser("merge", help="merge an adapter into a plain checkpoint", allow_abbrev=False)
-    merge.add_argument("adapter", help="the folder of a fine-tuning run or of one of its checkpoints")
-    merge.add_argument("output", help="folder for the merged checkpoint")
-    merge.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the checkpoint (default: bfloat16)"
-    )
-    merge.add_argument("--base", help="where the base model is, if it has moved since the training")
-    merge.set_defaults(command=_merge)
-    return parser
 
 
 def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
@@ -163,33 +119,3 @@ def _prepare_shards(args: argparse.Namespace) -> None:
     _, manifest = prepare_pretraining_data(DataArguments(**fields, data_dir=args.output), **how)
     train, validation = manifest.splits["train"], manifest.splits["validation"]
     print(f"{train.tokens:,} tokens to train on and {validation.tokens:,} for validation in {args.output}")
-
-
-def _audit(args: argparse.Namespace) -> None:
-    from llmkit.adapters import AdapterArguments, load_chat_tokenizer
-    from llmkit.audit import audit, show_tokens
-    from llmkit.conversations import ConversationArguments, encode_all, load_conversations
-    from llmkit.recipe_parser import RecipeParser
-    from llmkit.sft import SFTArguments
-
-    parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)
-    data_args, adapter_args, training_args = parser.parse(args.fields)
-    tokenizer = load_chat_tokenizer(adapter_args)
-    for conversations in load_conversations(data_args):
-        rows = encode_all(conversations, tokenizer)
-        findings = audit(conversations, rows, tokenizer, training_args.max_length)
-        print(findings.table(), show_tokens(rows[0], tokenizer, color=sys.stdout.isatty()), sep="\n\n", end="\n\n")
-        findings.check()
-
-
-def _merge(args: argparse.Namespace) -> None:
-    import torch
-
-    from llmkit.merge import merge_adapter
-
-    print(merge_adapter(args.adapter, args.output, getattr(torch, args.dtype), args.base).table())
-    print(f"saved {args.output}")
-
-
-if __name__ == "__main__":
-    main()

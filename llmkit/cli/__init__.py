@@ -1,0 +1,42 @@
+"""The `llmkit` command: the steps before and after training.
+
+    llmkit tokenizer train --output my_tokenizer --text_files 'books/*.txt'
+    llmkit shards prepare --output my_shards --tokenizer my_tokenizer --text_files 'books/*.txt'
+    llmkit audit recipes/sft_qlora.yaml --max_length 512
+    llmkit merge runs/sft_qlora merged
+
+The flags have the names of the recipes' fields. One module a subject; each imports the libraries it needs inside its
+commands, so that `llmkit --help` need not wait for torch.
+"""
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from llmkit.cli import data, finetuning
+from llmkit.errors import UserError, exit_on_user_error
+
+SUBJECTS = (data, finetuning)
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake as everything here does, in one line and not below a page of usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command's parser; what it returns has the function to call as `command`."""
+    parser = Parser(prog="llmkit", description="The steps before and after training.")
+    nouns = parser.add_subparsers(metavar="COMMAND", required=True)
+    for subject in SUBJECTS:
+        subject.add_commands(nouns)
+    return parser
+
+
+@exit_on_user_error
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command; a user's mistake ends it with one line and status 2."""
+    args = parser().parse_args(argv)
+    args.command(args)

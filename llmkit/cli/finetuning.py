@@ -1,0 +1,47 @@
+"""Commands around a fine-tune: `audit` before it, `merge` after it."""
+
+import argparse
+import sys
+
+
+def add_commands(nouns) -> None:
+    """Add what is here to the command's parser."""
+    audit = nouns.add_parser("audit", help="show what a fine-tuning recipe would train", allow_abbrev=False)
+    audit.add_argument("recipe", help="the recipe, such as recipes/sft_qlora.yaml")
+    audit.add_argument("fields", nargs=argparse.REMAINDER, help="any field of the recipe, as --field value")
+    audit.set_defaults(command=_audit)
+
+    merge = nouns.add_parser("merge", help="merge an adapter into a plain checkpoint", allow_abbrev=False)
+    merge.add_argument("adapter", help="the folder of a fine-tuning run or of one of its checkpoints")
+    merge.add_argument("output", help="folder for the merged checkpoint")
+    merge.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the checkpoint (default: bfloat16)"
+    )
+    merge.add_argument("--base", help="where the base model is, if it has moved since the training")
+    merge.set_defaults(command=_merge)
+
+
+def _audit(args: argparse.Namespace) -> None:
+    from llmkit.adapters import AdapterArguments, load_chat_tokenizer
+    from llmkit.audit import audit, show_tokens
+    from llmkit.conversations import ConversationArguments, encode_all, load_conversations
+    from llmkit.recipe_parser import RecipeParser
+    from llmkit.sft import SFTArguments
+
+    parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)
+    data_args, adapter_args, training_args = parser.parse(args.fields)
+    tokenizer = load_chat_tokenizer(adapter_args)
+    for conversations in load_conversations(data_args):
+        rows = encode_all(conversations, tokenizer)
+        findings = audit(conversations, rows, tokenizer, training_args.max_length)
+        print(findings.table(), show_tokens(rows[0], tokenizer, color=sys.stdout.isatty()), sep="\n\n", end="\n\n")
+        findings.check()
+
+
+def _merge(args: argparse.Namespace) -> None:
+    import torch
+
+    from llmkit.merge import merge_adapter
+
+    print(merge_adapter(args.adapter, args.output, getattr(torch, args.dtype), args.base).table())
+    print(f"saved {args.output}")
