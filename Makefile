@@ -1,7 +1,7 @@
 # make demo    train a small GPT-2 on this machine, about 5 minutes on 2 CPU cores
 # make test    run the tests
 # make lint    check style
-# make bench   measure a training step beside the stock model's, some minutes
+# make bench   measure training, fine-tuning and data beside what else there is: 15 minutes on 2 CPU cores
 # make install only set up .venv, which the others do as well
 
 PYTHON ?= python3
@@ -32,5 +32,10 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/training_step.py --peers llmkit stock
 	$(BIN)/python benchmarks/training_step.py --bf16
+	$(BIN)/python benchmarks/trainer_overhead.py
+	$(BIN)/python benchmarks/sft.py
+	$(BIN)/python benchmarks/data.py --rounds 2
+	$(BIN)/python benchmarks/startup.py --rounds 2
+	$(BIN)/python benchmarks/scaling.py --rounds 2

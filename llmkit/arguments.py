@@ -4,6 +4,7 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,10 +14,13 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_torch_tf32_available
 
+from llmkit.batch_ramp import Batches
 from llmkit.configuration_gpt2 import GPT2Config
 from llmkit.errors import UserError
 from llmkit.hardware import bf16_is_fast, set_up_cpu
 from llmkit.modeling_gpt2 import GPT2LMHeadModel
+from llmkit.optimizers import OptimizerArguments, is_fully_sharded
+from llmkit.schedules import ScheduleArguments
 
 
 @dataclass
@@ -132,11 +136,27 @@ class ModelArguments:
 
 
 @dataclass
-class PretrainArguments(TrainingArguments):
+class PretrainArguments(ScheduleArguments, OptimizerArguments, TrainingArguments):
     """TrainingArguments with the batch stated in tokens, and with what the machine is good for chosen by itself."""
 
     total_batch_tokens: int = field(
         default=524_288, metadata={"help": "Tokens per step over all ranks; accumulation is derived."}
+    )
+    batch_ramp_start: int | None = field(
+        default=None, metadata={"help": "Tokens of the first step's batch, which then grows to the full one."}
+    )
+    batch_ramp_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens over which it grows, linearly; max_steps still counts full batches."}
+    )
+    monitor_steps: int = field(
+        default=0, metadata={"help": "Log norms of gradients, weights and updates every so many steps; 0: never."}
+    )
+    hellaswag_steps: int = field(default=0, metadata={"help": "Score HellaSwag every so many steps; 0: never."})
+    hellaswag_file: str | None = field(
+        default=None, metadata={"help": "Its questions, a JSONL file as the official one; default: from the Hub."}
+    )
+    hellaswag_questions: int | None = field(
+        default=None, metadata={"help": "Take the first so many questions; default: all, 10,042 in the official one."}
     )
     sample_prompts: list[str] = field(
         default_factory=list, metadata={"help": "Prompts continued at each evaluation, to watch the model learn."}
@@ -176,6 +196,13 @@ class PretrainArguments(TrainingArguments):
             raise UserError("gradient_accumulation_steps is derived from total_batch_tokens: leave it out")
         if self.label_smoothing_factor:
             raise UserError("label_smoothing_factor is not supported: the loss never makes the logits it smooths")
+        self._check_watching()
+        if (self.batch_ramp_start is None) != (self.batch_ramp_tokens is None):
+            raise UserError("batch_ramp_start and batch_ramp_tokens belong together: give both or none")
+        if self.batch_ramp_tokens is not None and self.batch_ramp_tokens < 1:
+            raise UserError(f"batch_ramp_tokens={self.batch_ramp_tokens}: must be at least 1")
+        if self.batch_ramp_start is not None and self.lr_schedule == "one_cycle":
+            raise UserError("lr_schedule: one_cycle counts steps of one size: leave out the batch ramp")
 
     def set_accumulation(self, block_size: int) -> None:
         """Derive `gradient_accumulation_steps` from `total_batch_tokens` for windows of `block_size` tokens.
@@ -187,6 +214,7 @@ class PretrainArguments(TrainingArguments):
         micro = batch_size * block_size * ranks
         if total % micro == 0:
             self.gradient_accumulation_steps = total // micro
+            self._check_ramp(block_size)
             return
         proposals = [n for n in (total // micro * micro, -(-total // micro) * micro) if n]
         text = f"take total_batch_tokens {' or '.join(map(str, proposals))}"
@@ -195,6 +223,40 @@ class PretrainArguments(TrainingArguments):
         raise UserError(
             f"total_batch_tokens={total} is not a multiple of {micro}, which is {batch_size} windows of {block_size} "
             f"tokens on each of {ranks} rank(s): {text}"
+        )
+
+    def _check_watching(self) -> None:
+        for name in ("monitor_steps", "hellaswag_steps"):
+            steps = getattr(self, name)
+            if steps < 0 or (steps and (self.logging_steps < 1 or steps % self.logging_steps)):
+                raise UserError(f"{name}={steps}: give a multiple of logging_steps={self.logging_steps}, or 0")
+        if self.monitor_steps and is_fully_sharded(self):
+            raise UserError("monitor_steps needs whole parameters, and FSDP shards them: set it to 0")
+        if self.hellaswag_questions is not None and self.hellaswag_questions < 1:
+            raise UserError(f"hellaswag_questions={self.hellaswag_questions}: must be at least 1")
+        if self.hellaswag_file is not None and not Path(self.hellaswag_file).expanduser().is_file():
+            raise UserError(f"hellaswag_file={self.hellaswag_file}: no such file: give a JSONL file, or leave it out")
+        if not self.hellaswag_steps and (self.hellaswag_file or self.hellaswag_questions):
+            raise UserError("hellaswag_file and hellaswag_questions are for hellaswag_steps: give that as well")
+
+    def _check_ramp(self, block_size: int) -> None:
+        start, total = self.batch_ramp_start, self.total_batch_tokens
+        unit = self.gradient_accumulation_steps * self.world_size * block_size
+        if start is not None and (start % block_size or not unit <= start <= total):
+            raise UserError(
+                f"batch_ramp_start={start}: give a multiple of block_size={block_size} from {unit} (a window in each "
+                f"of a step's micro-batches) to total_batch_tokens={total}, such as {-(-total // 16 // unit) * unit}"
+            )
+
+    def batches(self, block_size: int) -> Batches:
+        """The run's micro-batches, in windows, once `max_steps` and the accumulation are set."""
+        full = self.total_batch_tokens // block_size
+        return Batches(
+            full_steps=self.max_steps,
+            full=full,
+            micro_batches=self.gradient_accumulation_steps * self.world_size,
+            start=(self.batch_ramp_start or self.total_batch_tokens) // block_size,
+            ramp=(self.batch_ramp_tokens or 0) // block_size,
         )
 
 

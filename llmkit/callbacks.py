@@ -4,6 +4,7 @@ import signal
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -22,13 +23,13 @@ class Throughput(TrainerCallback):
     Evaluation, saving and sampling are not counted: the clock starts with the first step after a log.
 
     Args:
-        tokens_per_step: over all ranks.
+        tokens_before: of all ranks before step s; None where `measure` is told.
         flops_per_token: forward and backward.
         peak: FLOP/s of all ranks together, None where unknown.
     """
 
-    def __init__(self, tokens_per_step: int, flops_per_token: int, peak: float | None):
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, tokens_before: Callable[[int], int] | None, flops_per_token: int, peak: float | None):
+        self.tokens_before = tokens_before
         self.flops_per_token = flops_per_token
         self.peak = peak
         self.started: float | None = None
@@ -41,13 +42,13 @@ class Throughput(TrainerCallback):
         """Figures for the steps since the last call; call it right after the loss was read from the device.
 
         Args:
-            tokens: of those steps, where not all steps have `tokens_per_step`.
+            tokens: of those steps, where there is no `tokens_before`.
         """
         if self.started is None:
             return {}
         seconds = time.perf_counter() - self.started
         self.started = None
-        tokens = (step - self.first_step) * self.tokens_per_step if tokens is None else tokens
+        tokens = self.tokens_before(step) - self.tokens_before(self.first_step) if tokens is None else tokens
         speed = tokens / seconds
         mfu = {"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}
         return {"tokens_per_second": speed, **mfu}
@@ -66,6 +67,7 @@ class ProgressLine(TrainerCallback):
         "eval_loss": "validation loss {:.4f}",
         "eval_perplexity": "perplexity {:.2f}",
         "eval_bits_per_byte": "{:.4f} bits/byte",
+        "hellaswag/acc_norm": "HellaSwag {:.4f} (acc_norm)",
     }
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -167,10 +169,13 @@ class StopOnSignal(TrainerCallback):
         self.received = True
 
     def on_step_end(self, args, state, control, **kwargs):
-        if args.world_size > 1 and state.global_step % self.EVERY:
-            return
-        flag = torch.tensor(int(self.received), device=args.device)
-        if self.accelerator.reduce(flag, reduction="sum").item():
+        received = self.received
+        if args.world_size > 1:
+            if state.global_step % self.EVERY:
+                return
+            flag = torch.tensor(int(received), device=args.device)
+            received = self.accelerator.reduce(flag, reduction="sum").item()
+        if received:
             control.should_save = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -8,7 +8,7 @@ windows of an optimizer step are the same at any world size, and resuming at a s
 import bisect
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -139,29 +139,31 @@ class WindowBatchSampler(Sampler[list[int]]):
 
     Args:
         num_windows: length of the dataset.
-        batch_size: windows in a batch of one rank.
-        num_batches: batches of all ranks in the whole run, after which the sampler ends.
+        batch_sizes: windows of each batch, over all ranks and the whole run, after which the sampler ends.
     """
 
-    def __init__(self, num_windows: int, batch_size: int, num_batches: int, seed: int):
-        assert num_windows > 0 and batch_size > 0, "a sampler without windows never fills a batch"
-        self.num_windows, self.batch_size, self.num_batches, self.seed = num_windows, batch_size, num_batches, seed
-        self.drop_last = False  # read by accelerate's BatchSamplerShard
+    drop_last = False  # read by accelerate's BatchSamplerShard, which lets batches without a `batch_size` vary
+
+    def __init__(self, num_windows: int, batch_sizes: Collection[int], seed: int):
+        assert num_windows > 0, "a sampler without windows never fills a batch"
+        self.num_windows, self.batch_sizes, self.seed = num_windows, batch_sizes, seed
 
     def __len__(self) -> int:
-        return self.num_batches
+        return len(self.batch_sizes)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return itertools.islice(self._endless_batches(), self.num_batches)
+        epochs = itertools.count()
+        order, start = self._order(next(epochs)), 0
+        for size in self.batch_sizes:
+            batch = order[start : start + size].tolist()
+            start += size
+            while len(batch) < size:
+                order, start = self._order(next(epochs)), size - len(batch)
+                batch += order[:start].tolist()
+            yield batch
 
-    def _endless_batches(self) -> Iterator[list[int]]:
-        size, batch = self.batch_size, []
-        for epoch in itertools.count():
-            # Shuffled in place: `permutation(n)` would hold 8 bytes a window.
-            order = np.arange(self.num_windows, dtype=np.uint32)
-            np.random.default_rng([self.seed, epoch]).shuffle(order)
-            for start in range(-len(batch), self.num_windows, size):
-                batch += order[max(start, 0) : start + size].tolist()
-                if len(batch) == size:
-                    yield batch
-                    batch = []
+    def _order(self, epoch: int) -> np.ndarray:
+        # Shuffled in place: `permutation(n)` would hold 8 bytes a window.
+        order = np.arange(self.num_windows, dtype=np.uint32)
+        np.random.default_rng([self.seed, epoch]).shuffle(order)
+        return order

@@ -34,6 +34,9 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             _exit(str(error))
         except KeyboardInterrupt:
             sys.exit(130)
+        except BrokenPipeError:  # `llmkit ... | head`: whoever read has enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python flushes into it at exit
+            sys.exit(141)
         except Exception as error:
             if (message := _disk_full(error) or _wrong_path(error)) is None:
                 raise

@@ -16,53 +16,89 @@ IGNORE_INDEX = -100
 # GPUs: some thousand rows fill the chip, and half a gigabyte in float32 fits beside a model on a small one.
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 
+# A CPU's caches hold so many for the passes of the softmax; a GPU takes the chunk at once.
+SOFTMAX_ELEMENTS = 2**20
+
 # Matrix products run fastest at sizes that the hardware's tiles divide: 50,257 columns become 50,304 (D2).
 VOCAB_MULTIPLE = 128
 
 
+def _loss_and_gradient(logits, targets, vocab_size: int, needs_grad: bool) -> torch.Tensor:
+    """The summed loss of some rows; with `needs_grad`, the logits become the gradient by them.
+
+    Args:
+        logits: (rows, padded vocabulary).
+        targets: (rows,).
+        vocab_size: columns from here on are padding, of probability zero.
+
+    Returns:
+        Nats, a float32 scalar. The gradient is softmax - one_hot, zero in rows without a target and in the padding.
+    """
+    kept = (targets != IGNORE_INDEX).unsqueeze(-1)  # (rows, 1)
+    target = targets.unsqueeze(-1).where(kept, 0)
+    logits[:, vocab_size:] = -torch.inf
+    # What costs time beside the products is to read and write the wide tensor, so all of it happens in place.
+    exp = logits.float()  # float32 already: the same memory, else a copy
+    exp -= exp.amax(dim=-1, keepdim=True)
+    target_logit = exp.gather(-1, target)
+    exp.exp_()
+    normalizer = exp.sum(dim=-1, keepdim=True)  # (rows, 1)
+    nats = (normalizer.log() - target_logit).where(kept, 0).sum()
+    if needs_grad:
+        exp.scatter_add_(-1, target, -normalizer)
+        torch.mul(exp, kept / normalizer, out=logits)
+    return nats
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of cross_entropy(hidden @ weight.T, targets), in nats, with its gradients made in forward."""
+    """Sum over rows of cross_entropy(hidden @ weight.T + bias, targets), in nats, and its gradients with it."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_rows, dtype):
-        needs_grad = any(ctx.needs_input_grad)
+    def forward(ctx, hidden, weight, bias, targets, chunk_rows, dtype):
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_grad = needs_hidden or needs_weight or needs_bias
         vocab_size = weight.shape[0]
-        # The padding columns are in the products alone: softmax, loss and gradients see `[:, :vocab_size]`.
-        padded_weight = F.pad(weight.to(dtype), (0, 0, 0, -vocab_size % VOCAB_MULTIPLE))
+        weight, ctx.dtypes = weight.to(dtype), (weight.dtype, None if bias is None else bias.dtype)
+        if padding := -vocab_size % VOCAB_MULTIPLE:
+            weight = F.pad(weight, (0, 0, 0, padding))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if needs_grad else None
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         # Summed over chunks, so in float32 whatever the products' dtype is.
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+        sums = {"dtype": torch.float32, "device": hidden.device}
+        grad_weight = torch.zeros(vocab_size, hidden.shape[1], **sums) if needs_weight else None
+        grad_bias = torch.zeros(vocab_size, **sums) if needs_bias else None
 
+        softmax_rows = max(1, SOFTMAX_ELEMENTS // weight.shape[0]) if hidden.device.type == "cpu" else chunk_rows
         for start in range(0, hidden.shape[0], chunk_rows):
             rows = slice(start, start + chunk_rows)
             hidden_chunk = hidden[rows].to(dtype)  # (rows, n_embd)
-            kept = (targets[rows] != IGNORE_INDEX).unsqueeze(-1)  # (rows, 1)
-            target = targets[rows].unsqueeze(-1).where(kept, 0)
-            product = hidden_chunk @ padded_weight.t()  # (rows, padded vocabulary)
-            logits = product[:, :vocab_size].float()  # float32 already: a view, else a copy
-            log_normalizer = logits.logsumexp(dim=-1, keepdim=True)
-            total += (log_normalizer - logits.gather(-1, target)).where(kept, 0).sum()
-            if needs_grad:
-                # d loss / d logits = softmax - one_hot(target), and zero in rows without a target
-                grad = logits.sub_(log_normalizer).exp_()
-                grad.scatter_add_(-1, target, torch.full_like(log_normalizer, -1))
-                grad.mul_(kept)
-                if dtype != torch.float32:
-                    product[:, :vocab_size] = grad
-                product[:, vocab_size:] = 0
-                grad_hidden[rows] = product @ padded_weight
-                grad_weight += (product.t() @ hidden_chunk)[:vocab_size]
+            logits = hidden_chunk @ weight.t()  # (rows, padded vocabulary)
+            if bias is not None:
+                logits[:, :vocab_size] += bias
+            for part, target in zip(logits.split(softmax_rows), targets[rows].split(softmax_rows), strict=True):
+                total += _loss_and_gradient(part, target, vocab_size, needs_grad)
+            grad = logits
+            if needs_hidden:
+                grad_hidden[rows] = grad @ weight
+            if needs_weight:
+                grad_weight += (grad.t() @ hidden_chunk)[:vocab_size]
+            if needs_bias:
+                grad_bias += grad.sum(dim=0, dtype=torch.float32)[:vocab_size]
+            del logits, grad  # the next chunk's takes its place, not a place beside it
 
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output):
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_output, (grad_weight * grad_output).to(ctx.weight_dtype), None, None, None
+        grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
+        weight_dtype, bias_dtype = ctx.dtypes
+        # In place: they are needed once. A second backward pass over the same graph is refused by autograd.
+        grad_hidden = None if grad_hidden is None else grad_hidden.mul_(grad_output)
+        grad_weight = None if grad_weight is None else grad_weight.mul_(grad_output).to(weight_dtype)
+        grad_bias = None if grad_bias is None else grad_bias.mul_(grad_output).to(bias_dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def linear_cross_entropy(
@@ -70,15 +106,17 @@ def linear_cross_entropy(
     weight: torch.Tensor,
     targets: torch.Tensor,
     num_items: torch.Tensor | int | None = None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of `hidden @ weight.T` against `targets`, a chunk of rows at a time.
+    """Cross-entropy of `hidden @ weight.T + bias` against `targets`, a chunk of rows at a time.
 
     Args:
         hidden: final hidden states, (..., n_embd).
-        weight: the output embedding, (vocab_size, n_embd).
+        weight: the output embedding, (vocab_size, n_embd). No gradient is made for it where it is frozen.
         targets: token ids, already shifted, the shape of `hidden` without its last dimension; -100 is not counted.
         num_items: what the summed loss is divided by. Defaults to the number of targets here; a Trainer gives the
             number over all micro-batches and ranks of the step, so that accumulation does not change the gradient.
+        bias: the head's, (vocab_size,), as Phi has one and GPT-2 has none.
 
     Returns:
         The loss in nats, a float32 scalar. Products run in autocast's dtype where autocast is on; softmax, loss and
@@ -90,7 +128,7 @@ def linear_cross_entropy(
     hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     rows = hidden.shape[0]
     chunks = max(1, round(rows * weight.shape[0] / CHUNK_ELEMENTS.get(device_type, CHUNK_ELEMENTS["cuda"])))
-    total = _LinearCrossEntropy.apply(hidden, weight, targets, -(-rows // chunks), dtype)
+    total = _LinearCrossEntropy.apply(hidden, weight, bias, targets, max(1, -(-rows // chunks)), dtype)
     if num_items is None:
         num_items = (targets != IGNORE_INDEX).sum()
     return total / num_items

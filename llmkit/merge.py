@@ -125,7 +125,7 @@ def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> P
         ) from error
     keep_training_layout(model)
     if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save or config.bias != "none":
-        raise UserError(f"{adapter}: only plain LoRA adapters are merged, no DoRA, biases or whole modules")
+        raise UserError(f"{adapter}: only plain LoRA adapters are read here, no DoRA, biases or whole modules")
     return PeftModel.from_pretrained(model, adapter).eval()
 
 

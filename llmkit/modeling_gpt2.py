@@ -77,7 +77,9 @@ class GPT2MLP(nn.Module):
         self.c_fc = Conv1D(inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, inner)
         self.c_proj.is_residual_projection = True
-        self.act = ACT2FN[config.activation_function]
+        # gelu_new is the same function spelled out in eight operations, each of which keeps its result for backward.
+        name = config.activation_function
+        self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
 
     def forward(self, x):
         x = self.c_proj(self.act(self.c_fc(x)))  # (B, T, C) -> (B, T, 4C) -> (B, T, C)

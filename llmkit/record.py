@@ -1,10 +1,10 @@
 """What a run was and what it logged, in one local file: `log.jsonl` of the run's folder."""
 
+import dataclasses
 import json
 import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from enum import Enum
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,34 +17,42 @@ from llmkit.arguments import changed_arguments
 from llmkit.dataset import TokenWindows
 from llmkit.errors import UserError
 from llmkit.hardware import device_name
+from llmkit.run import LOG, read_log
 
-LOG = "log.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "bitsandbytes")
 
 
-# What a resumed run cannot change: the first three would give it other batches, and the optimizer's own settings come
-# back with its state, so that others would be ignored.
+# What a resumed run cannot change. Some would give it other batches; the optimizer's own settings come back with its
+# state, so that others would be ignored; the rest is its schedule. How long it goes on is not among them, nor is
+# wsd_decay_steps: a wsd run is made to be gone on with from before its decay.
 DECISIVE = ("total_batch_tokens", "seed", "data_seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2")
-DECISIVE += ("adam_epsilon", "optim", "lr_scheduler_type")
+DECISIVE += ("adam_epsilon", "optim", "muon_learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio")
+DECISIVE += ("decay_until_step", "batch_ramp_start", "batch_ramp_tokens")
+# Except that torch's OneCycleLR keeps its length in its state.
+DECISIVE_FOR_ONE_CYCLE = ("max_steps", "num_train_epochs")
 
 
 def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict, source: Sequence = ()) -> dict:
-    """What is known of a run before its first step: arguments that are not defaults, model, data, machine.
+    """What is known of a run before its first step: arguments (`defaults` where not given), model, data, machine.
 
     Args:
         data: the description, the fingerprint and the sizes of what is trained on.
         source: the dataclasses that say where data and model came from.
     """
     arguments = {key: value.value if isinstance(value, Enum) else value for key, value in vars(args).items()}
-    changed = [
-        key
-        for key in changed_arguments(args)
-        if isinstance(arguments[key], (bool, int, float, str, list, dict)) and not key.endswith("_token")  # a secret
-    ]
+    plain = (bool, int, float, str, list, dict, type(None))
+    arguments = {
+        f.name: arguments[f.name]
+        for f in dataclasses.fields(args)
+        if isinstance(arguments[f.name], plain) and not f.name.endswith("_token")  # a secret
+    }
+    changed = changed_arguments(args)
+    decisive = DECISIVE + (DECISIVE_FOR_ONE_CYCLE if args.lr_schedule == "one_cycle" else ())
     return {
-        "arguments": {key: arguments[key] for key in changed},
+        "arguments": {key: value for key, value in arguments.items() if key in changed},
+        "defaults": {key: value for key, value in arguments.items() if key not in changed},
         "source": {key: value for part in source for key, value in changed_arguments(part).items()},
-        "decisive": {key: arguments[key] for key in DECISIVE if key in arguments},
+        "decisive": {key: arguments[key] for key in decisive if key in arguments},
         "model": {
             "parameters": model.num_parameters(),
             "attention": model.config._attn_implementation,
@@ -60,6 +68,7 @@ def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
     """`data` of a run on token shards."""
     return {
         "description": train.manifest.corpus,
+        "directory": str(train.manifest.directory),
         "fingerprint": train.manifest.fingerprint,
         "block_size": train.block_size,
         "train_tokens": train.num_tokens,
@@ -68,15 +77,6 @@ def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
         "validation_tokens": held_out.num_tokens,
         "tokens_per_byte": held_out.tokens_per_byte,
     }
-
-
-def read_log(path: Path) -> list[dict]:
-    """The records of a `log.jsonl`, without a last line that a kill cut short."""
-    records = []
-    for line in path.read_text().splitlines():
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
 
 
 def check_resume(checkpoint: str | Path, run: dict) -> None:

@@ -11,6 +11,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
@@ -19,12 +20,13 @@ from llmkit.arguments import choose_precision, set_up_reporting
 from llmkit.callbacks import Samples, Throughput
 from llmkit.errors import UserError
 from llmkit.exact_trainer import ExactTrainer
-from llmkit.loss import IGNORE_INDEX
+from llmkit.loss import IGNORE_INDEX, linear_cross_entropy
 from llmkit.record import JsonlLog, run_record
+from llmkit.schedules import ScheduleArguments
 
 
 @dataclass
-class SFTArguments(SFTConfig):
+class SFTArguments(ScheduleArguments, SFTConfig):
     """SFTConfig with what the machine is good for chosen by itself, and samples."""
 
     sample_prompts: list[str] = field(
@@ -94,7 +96,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
         # GPT-2 takes the end tokens within packed rows for padding, and warns of it.
         logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-        self.throughput = Throughput(tokens_per_step=0, flops_per_token=0, peak=None)
+        self.throughput = Throughput(tokens_before=None, flops_per_token=0, peak=None)
         super().__init__(
             model,
             args,
@@ -129,6 +131,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
             ]
             context = model.config.max_position_embeddings
             self.add_callback(Samples(tokenizer, prompts, args.sample_tokens, context, log))
+        self.has_plain_head = has_plain_head(model)
         self.is_quantized = any(isinstance(module, Linear4bit) for module in model.modules())
         self.tokens_since_log = 0
 
@@ -142,6 +145,27 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         # The field of the trainer's state that is saved with each checkpoint for such a count.
         self.state.num_input_tokens_seen += trained
         return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """From the hidden states at the trained positions alone, in chunks whose gradient is made along with the loss.
+
+        TRL's own makes each tile of logits twice, and on a CPU those of all positions, with products in float32.
+        """
+        if not self.has_plain_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert not return_outputs, "nobody asks for logits here"
+        labels = inputs["labels"][:, 1:]
+        trained = labels != IGNORE_INDEX
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        hidden = outputs.hidden_states[-1][:, :-1][trained]
+        # Evaluation fills its last batch with rows that have no targets.
+        num_items = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        loss = linear_cross_entropy(hidden, head.weight, labels[trained], num_items, head.bias)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP's mean over ranks becomes the sum that is divided
+        return loss
 
     # Evaluation
 
@@ -178,6 +202,15 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
             self.model.generation_config.save_pretrained(folder)
             if self.is_quantized:
                 self.model.config.quantization_config.to_json_file(folder / QUANTIZATION_CONFIG)
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are the head's product with the last hidden states, neither scaled nor capped (as Gemma 2's)."""
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    outputs = model(ids, use_cache=False, output_hidden_states=True)
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and torch.equal(head(outputs.hidden_states[-1]), outputs.logits)
 
 
 def _num_tokens(batch: dict[str, torch.Tensor]) -> int:

@@ -125,6 +125,9 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     except (OSError, ValueError) as error:
         place = "this folder holds no tokenizer" if path.is_dir() else "not a folder here, and not read from the Hub"
         raise UserError(f"tokenizer {name_or_path}: {place} ({error})") from error
+    # By a GPT-2's config.json AutoTokenizer makes one without any token where its files are not there.
+    if not tokenizer("a")["input_ids"]:
+        raise UserError(f"tokenizer {name_or_path}: no tokenizer's files there: copy those that belong to the model")
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {name_or_path}: it has no fast version (tokenizer.json); choose one that has")
     if tokenizer.eos_token_id is None:

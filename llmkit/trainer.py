@@ -19,9 +19,13 @@ from llmkit.dataset import TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
 from llmkit.exact_trainer import ExactTrainer
 from llmkit.hardware import device_name, peak_flops
+from llmkit.hellaswag import encode_hellaswag, load_hellaswag
 from llmkit.loss import IGNORE_INDEX
 from llmkit.modeling_gpt2 import GPT2LMHeadModel
+from llmkit.monitoring import HellaSwagInTraining, ParameterMonitor
+from llmkit.optimizers import MUON, create_muon
 from llmkit.record import JsonlLog, run_record, windows_record
+from llmkit.schedules import describe_schedule
 
 
 class PretrainTrainer(ExactTrainer):
@@ -56,15 +60,18 @@ class PretrainTrainer(ExactTrainer):
         if args.max_steps == -1:
             windows = args.num_train_epochs * len(train_dataset)
             args.max_steps = max(1, round(windows * block_size / args.total_batch_tokens))
+        self.record = run_record(args, model, windows_record(train_dataset, eval_dataset), source)
+        # From here on, Trainer's steps: more than the full batches that were asked for where the first are smaller.
+        self.full_steps, self.batches = args.max_steps, args.batches(block_size)
+        args.max_steps = self.record["steps"] = self.batches.num_steps
         args.remove_unused_columns = False  # `shift_labels` reaches the model
 
         peak = peak_flops(args.device) if args.bf16 else None
         self.throughput = Throughput(
-            tokens_per_step=args.total_batch_tokens,
+            tokens_before=lambda step: self.batches.windows_before(step) * block_size,
             flops_per_token=model.config.flops_per_token(block_size),
             peak=peak * args.world_size if peak else None,
         )
-        self.record = run_record(args, model, windows_record(train_dataset, eval_dataset), source)
         log = JsonlLog(args.output_dir, self.record)
         callbacks = [self.throughput, log]
         if args.sample_prompts:
@@ -80,13 +87,28 @@ class PretrainTrainer(ExactTrainer):
             callbacks=callbacks,
         )
         self.tokens_per_byte = eval_dataset.tokens_per_byte
+        self.monitor = ParameterMonitor(model, args.monitor_steps) if args.monitor_steps else None
+        if self.monitor:
+            self.add_callback(self.monitor)
+        if args.hellaswag_steps:
+            rows = load_hellaswag(args.hellaswag_file)[: args.hellaswag_questions]
+            questions = encode_hellaswag(rows, processing_class, model.config.n_positions)
+            batch_size = max(1, args.per_device_eval_batch_size // len(rows[0]["endings"]))
+            self.add_callback(
+                HellaSwagInTraining(questions, args.hellaswag_steps, batch_size, self.accelerator, self.log)
+            )
+
+    def create_optimizer(self, model=None):
+        if self.args.optim == MUON and self.optimizer is None:
+            model = self.model if model is None else model
+            self.optimizer = create_muon(model, self.args, self.get_decay_parameter_names(model))
+        return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        try:
-            return super().create_scheduler(num_training_steps, optimizer)
-        except (TypeError, ValueError) as error:
-            kind, given = self.args.lr_scheduler_type.value, self.args.lr_scheduler_kwargs
-            raise UserError(f"lr_scheduler_type {kind} does not take lr_scheduler_kwargs {given}: {error}") from error
+        return super().create_scheduler(self.full_steps, optimizer)
+
+    def schedule_position(self, step: int) -> float:
+        return self.batches.full_batches_before(step)
 
     # Data
 
@@ -95,8 +117,7 @@ class PretrainTrainer(ExactTrainer):
         args = self.args
         sampler = WindowBatchSampler(
             num_windows=len(self.train_dataset),
-            batch_size=args.per_device_train_batch_size,
-            num_batches=args.max_steps * args.gradient_accumulation_steps * args.world_size,
+            batch_sizes=self.batches,
             seed=args.seed if args.data_seed is None else args.data_seed,
         )
         return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=sampler))
@@ -141,11 +162,16 @@ class PretrainTrainer(ExactTrainer):
         return self.throughput.flops_per_token * inputs["input_ids"].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        tokens = self.throughput.tokens_before(self.state.global_step)
         if "loss" in logs:
-            logs |= {"tokens": self.state.global_step * self.args.total_batch_tokens}
+            logs |= {"tokens": tokens}
             logs |= self.throughput.measure(self.state.global_step)
+            if self.monitor:
+                logs |= self.monitor.measured(self.state.global_step, logs.get("grad_norm"))
+            if self.args.optim == MUON:
+                logs["lr/muon"] = logs["learning_rate"] * self.args.muon_learning_rate / self.args.learning_rate
         # Trainer's epoch is the whole run here. Passes over the text are what a reader means.
-        self.state.epoch = self.state.global_step * self.args.total_batch_tokens / self.train_tokens
+        self.state.epoch = tokens / self.train_tokens
         super().log(logs, start_time)
 
     @property
@@ -159,18 +185,29 @@ class PretrainTrainer(ExactTrainer):
         batch = (
             f"{args.per_device_train_batch_size} x {data.block_size} x {args.gradient_accumulation_steps} accumulated"
         )
-        tokens = args.max_steps * args.total_batch_tokens
+        tokens = self.full_steps * args.total_batch_tokens
+        step = f"{args.total_batch_tokens:,} tokens = {batch} x {args.world_size} rank(s)"
+        steps = f"{args.max_steps:,} steps"
+        schedule = describe_schedule(args, self.full_steps)
+        if args.batch_ramp_start is not None:
+            step += f", from {args.batch_ramp_start:,} over the first {args.batch_ramp_tokens:,}"
+            steps += f" ({self.full_steps:,} full batches)"
+            schedule += ", in full batches"
         chosen = [f"{args.mixed_precision} autocast" if args.mixed_precision != "no" else "float32"]
         chosen += ["TF32"] if args.tf32 else []
         chosen += [f"{config._attn_implementation} attention", f"compile {'on' if args.torch_compile else 'off'}"]
+        if args.optim == MUON:
+            optimizer = f"muon, lr {args.muon_learning_rate:g}, and adamw, lr {args.learning_rate:g}"
+        else:
+            optimizer = f"{args.optim.value}, lr {args.learning_rate:g}"
         rows = {
             "model": f"{config.num_parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
             f"{config.n_embd} wide, {config.n_positions} context, {config.vocab_size:,} tokens",
             "data": f"{data.num_tokens:,} tokens to train on, {self.eval_dataset.num_tokens:,} held out",
-            "step": f"{args.total_batch_tokens:,} tokens = {batch} x {args.world_size} rank(s)",
-            "run": f"{args.max_steps:,} steps = {tokens:,} tokens = {tokens / self.train_tokens:.2f} epochs",
-            "optimizer": f"{args.optim.value}, lr {args.learning_rate:g} {args.lr_scheduler_type.value}, "
-            f"weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}",
+            "step": step,
+            "run": f"{steps} = {tokens:,} tokens = {tokens / self.train_tokens:.2f} epochs",
+            "optimizer": f"{optimizer}, weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}",
+            "schedule": schedule,
             "machine": f"{args.world_size} x {device_name(args.device)}, {', '.join(chosen)}",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())

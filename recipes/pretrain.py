@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments
 from llmkit.dataset import TokenWindows
 from llmkit.errors import exit_on_user_error
+from llmkit.hub import check_push
 from llmkit.pretraining_data import prepare_pretraining_data
 from llmkit.recipe_parser import RecipeParser
 from llmkit.trainer import PretrainTrainer, checkpoint_to_resume
@@ -33,6 +34,7 @@ def main():
     block_size = model_args.block_size or config.n_positions
     args.set_accumulation(block_size)
     resume_from = checkpoint_to_resume(args)
+    check_push(args)
 
     # Text -> tokenizer -> token shards, where they are not there yet. Of several ranks one works, the others wait.
     tokenizer, manifest = prepare_pretraining_data(data_args)
@@ -49,15 +51,18 @@ def main():
     trainer.accelerator.print(trainer.summary())
     trainer.train(resume_from_checkpoint=resume_from)
     if trainer.state.global_step < args.max_steps:
+        trainer.write_report()
         trainer.accelerator.print("stopped by a signal, checkpoint saved: --resume_from_checkpoint latest goes on")
         return
 
-    # A checkpoint in the run's folder itself, and on the Hub with `push_to_hub: true`.
+    # A checkpoint and a report in the run's folder itself, and on the Hub with `push_to_hub: true`.
     trainer.save_model()
     trainer.evaluate()
-    trainer.accelerator.print(f"saved {args.output_dir}")
+    trainer.write_report()
+    trainer.accelerator.print(f"saved {args.output_dir}, with its report.html")
     trainer.accelerator.wait_for_everyone()  # no rank takes its connections away while another still saves
     trainer.accelerator.end_training()
+    trainer.push_to_hub()  # last, when no other rank waits for it
 
 
 if __name__ == "__main__":

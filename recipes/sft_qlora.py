@@ -23,6 +23,7 @@ from llmkit.adapters import (
 from llmkit.audit import audit, show_tokens
 from llmkit.conversations import ConversationArguments, encode_all, load_conversations
 from llmkit.errors import exit_on_user_error
+from llmkit.hub import check_push
 from llmkit.recipe_parser import RecipeParser
 from llmkit.sft import ConversationTrainer, SFTArguments
 from llmkit.trainer import checkpoint_to_resume
@@ -42,6 +43,7 @@ def main():
     data_args, adapter_args, args = parser.parse(sys.argv[1:])
     resume_from = checkpoint_to_resume(args)
     check_run(args, load_base_config(adapter_args), args.max_length)
+    check_push(args, adapter_args.model)
     say = print if args.process_index == 0 else lambda *_: None
 
     # Conversations -> tokens and labels, and what would be learned from them.
@@ -63,13 +65,18 @@ def main():
 
     trainer.train(resume_from_checkpoint=resume_from)
     if trainer.state.global_step < trainer.state.max_steps:
+        trainer.write_report()
         say("stopped by a signal, checkpoint saved: --resume_from_checkpoint latest goes on")
         return
 
-    # The adapter in the run's folder itself, and on the Hub with `push_to_hub: true`.
+    # The adapter and a report in the run's folder itself, and on the Hub with `push_to_hub: true`.
     trainer.evaluate()
     trainer.save_model()
+    trainer.write_report()
     say(f"saved {args.output_dir}; `llmkit merge {args.output_dir} FOLDER` makes a plain checkpoint of it")
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    trainer.push_to_hub()  # last, when no other rank waits for it
 
 
 if __name__ == "__main__":

@@ -11,14 +11,24 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, PhiConfig, PhiForCausalLM, PreTrainedModel, set_seed
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+    set_seed,
+)
 from transformers.pytorch_utils import Conv1D
+from trl import SFTTrainer
 
 from llmkit.adapters import AdapterArguments, check_run, dtype_ledger, linear_layers, load_base_model
 from llmkit.conversations import Conversations, add_chat_template, encode_all, split_guanaco
 from llmkit.errors import UserError
 from llmkit.merge import compare, load_with_adapter, merge_adapter
-from llmkit.sft import ConversationTrainer, SFTArguments
+from llmkit.sft import ConversationTrainer, SFTArguments, has_plain_head
 from llmkit.tokenizer import train_bpe_tokenizer
 
 CPU = torch.device("cpu")
@@ -72,6 +82,38 @@ def trainer(base: str, output_dir, quantization: str = "nf4", **arguments) -> Co
 
 def adapter_weights(run: ConversationTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+# ------------------------------------------------------------------ the loss
+
+
+@pytest.mark.parametrize("name", ["gpt2", "phi"])
+def test_the_loss_and_its_gradients_are_trls(bases, name, tmp_path):
+    run = trainer(bases[name], tmp_path, activation_checkpointing=False)
+    assert run.has_plain_head
+    batch = next(iter(run.get_train_dataloader()))
+    found = []
+    for compute_loss in (SFTTrainer.compute_loss, ConversationTrainer.compute_loss):
+        run.model.eval()  # no dropout; TRL's metrics want to know nothing of it
+        run.model.zero_grad()
+        loss = compute_loss(run, run.model, dict(batch), num_items_in_batch=torch.tensor(50))
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in run.model.named_parameters() if p.grad is not None}
+        found.append((loss.detach(), gradients))
+    (their_loss, theirs), (our_loss, ours) = found
+    torch.testing.assert_close(our_loss, their_loss)
+    assert theirs.keys() == ours.keys() == adapter_weights(run).keys()
+    for n, gradient in theirs.items():
+        torch.testing.assert_close(ours[n], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_a_head_that_caps_its_logits_is_left_to_trl():
+    config = Gemma2Config(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=16
+    )
+    assert not has_plain_head(Gemma2ForCausalLM(config).eval())
+    config.final_logit_softcapping = None
+    assert has_plain_head(Gemma2ForCausalLM(config).eval())
 
 
 # ------------------------------------------------------------------ the base
@@ -229,7 +271,7 @@ def test_resume_is_exact_with_dropout(bases, tmp_path):
 
 def test_small_updates_are_not_lost(bases, tmp_path):
     """At a learning rate whose steps bfloat16 would round away, float32 adapters still move."""
-    run = trainer(bases["phi"], tmp_path, bf16=True, learning_rate=1e-6, lr_scheduler_type="constant")
+    run = trainer(bases["phi"], tmp_path, bf16=True, learning_rate=1e-6, lr_schedule="constant")
     before = adapter_weights(run)
     run.train()
     moved = [

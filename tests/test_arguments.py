@@ -1,5 +1,7 @@
 """Recipes say what is wrong with them in one line, and every shipped one is right."""
 
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,10 @@ def test_shipped_recipe(path):
     assert f"{args.max_steps:,} steps x {args.total_batch_tokens:,} = " in header
     scale, unit = (1e9, "B") if tokens >= 1e9 else (1e6, "M")
     assert f"= {tokens / scale:.1f}{unit} tokens" in header
+    (step,) = re.findall(r"step +(.*) tokens = (.*)", header)
+    factors = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", step[1].split("(")[0])]
+    assert step[0] == f"{args.total_batch_tokens:,}" and math.prod(factors) == args.total_batch_tokens
+    assert factors[:2] == [args.per_device_train_batch_size, model.block_size or config.n_positions]
 
 
 def test_command_line_wins_and_types_are_read_alike(tmp_path):
@@ -88,7 +94,7 @@ def test_bad_command_lines(tmp_path):
         (["--validation_fraction", "1"], "validation_fraction=1.0: it lies between 0 and 1"),
         (["--vocab_size", "100"], "vocab_size=100.*at least 257"),
         (["--report_to", "nonsense"], "report_to=nonsense is not installed here"),
-        (["--lr_scheduler_type", "steep"], "steep"),
+        (["--lr_scheduler_type", "linear"], "stated here as lr_schedule"),
         (["--text_files", "a", "--dataset_name", "b"], "both set"),
     ]:
         with pytest.raises(UserError, match=message):

@@ -1,5 +1,7 @@
 import dataclasses
 import errno
+import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from llmkit import cli
 from llmkit.arguments import DataArguments
 from llmkit.errors import UserError, exit_on_user_error
 from llmkit.manifest import load_manifest
-from llmkit.tokenizer import train_bpe_tokenizer
+from llmkit.tokenizer import train_bpe_tokenizer, train_character_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -83,6 +85,56 @@ def test_tokenizer_train_does_not_replace_a_tokenizer(text_file, tmp_path, capsy
     argv = ["tokenizer", "train", "--output", str(tmp_path), "--text_files", text_file]
     assert "holds a tokenizer already" in failing(argv, capsys)
     assert (tmp_path / "tokenizer.json").read_text() == "mine"
+
+
+# ----------------------------------------------------------------------------- tokenizer show
+
+
+def test_tokenizer_show_of_a_file_a_text_and_standard_input(text_file, tmp_path, capsys, monkeypatch):
+    text = "import sys\n"
+    folder = str(tmp_path / "tokenizer")
+    train_bpe_tokenizer([Path(text_file).read_text(encoding="utf-8")], 400).save_pretrained(folder)
+    (tmp_path / "short.py").write_text(text)
+    monkeypatch.setattr("sys.stdin", io.StringIO(text))
+    shown = []
+    for source in (text, str(tmp_path / "short.py"), "-"):
+        cli.main(["tokenizer", "show", source, "--tokenizer", folder])
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] == shown[2]
+    assert shown[0].split("\n")[0].replace("│", "") == "import·sys↵"
+    assert re.search(r"text +11 bytes\n +tokens +\d", shown[0])
+    assert "\033[" not in shown[0]  # this is no terminal
+    cli.main(["tokenizer", "show", text, "--tokenizer", folder, "--color"])
+    assert "\033[48;5;" in capsys.readouterr().out
+
+
+def test_tokenizer_show_compares_and_makes_a_page(text_file, tmp_path, capsys):
+    document = Path(text_file).read_text(encoding="utf-8")
+    train_bpe_tokenizer([document], 400).save_pretrained(tmp_path / "bpe")
+    train_character_tokenizer([document]).save_pretrained(tmp_path / "data" / "tokenizer")
+    names = ["--tokenizer", str(tmp_path / "bpe"), "--compare", str(tmp_path / "data")]  # a folder as shards have it
+    cli.main(["tokenizer", "show", "import sys", *names, "--ids"])
+    out = capsys.readouterr().out
+    assert len(re.findall(r"^ +\d+ +\d+  .$", out, flags=re.MULTILINE)) >= len("import sys")
+    assert re.search(r"tokens +\d +10\n", out)
+    cli.main(["tokenizer", "show", "import sys", *names, "--html", str(tmp_path / "page.html")])
+    assert (tmp_path / "page.html").read_text(encoding="utf-8").count("<section>") == 2
+    assert "saved" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["x"], "no tokenizer: give --tokenizer"),
+        (["", "--tokenizer", "{tmp}"], "there is no text"),
+        (["{tmp}/latin", "--tokenizer", "{tmp}"], "not a text in UTF-8"),
+        (["x", "--tokenizer", "{tmp}"], "this folder holds no tokenizer"),
+        (["x", "--tokenizer", "{tmp}", "--html", "{tmp}/no/page.html"], "its folder does not exist"),
+    ],
+)
+def test_tokenizer_show_mistakes_are_one_line(argv, message, tmp_path, capsys):
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    assert message in failing(["tokenizer", "show", *(word.format(tmp=tmp_path) for word in argv)], capsys)
 
 
 # ----------------------------------------------------------------------------- shards prepare
@@ -163,6 +215,14 @@ def test_as_a_module_a_mistake_has_status_2_and_no_traceback():
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_enough_is_no_error(text_file, tokenizer):
+    argv = [sys.executable, "-m", "llmkit", "tokenizer", "show", text_file, "--tokenizer", tokenizer]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 # ----------------------------------------------------------------------------- exit_on_user_error

@@ -112,7 +112,7 @@ def test_a_dataloader_gives_the_windows_in_batches(tmp_path, num_workers):
     windows = TokenWindows(make_manifest(tmp_path, [60, 41], [11]), "train", 5)
     windows[0]  # opens a file, which a copy for a worker must not carry
     assert len(pickle.dumps(windows)) < 2000
-    sampler = WindowBatchSampler(len(windows), batch_size=3, num_batches=8, seed=1)
+    sampler = WindowBatchSampler(len(windows), [3] * 8, seed=1)
     loader = DataLoader(windows, batch_sampler=sampler, collate_fn=collate_windows, num_workers=num_workers)
     for indices, batch in zip(sampler, loader, strict=True):
         one_by_one = collate_windows([windows[index] for index in indices])
@@ -129,7 +129,7 @@ def test_a_dataloader_gives_the_windows_in_batches(tmp_path, num_workers):
 def test_every_epoch_has_every_window_once(num_windows, batch_size):
     epochs = 6
     num_batches = -(-epochs * num_windows // batch_size)
-    batches = list(WindowBatchSampler(num_windows, batch_size, num_batches, seed=3))
+    batches = list(WindowBatchSampler(num_windows, [batch_size] * num_batches, seed=3))
     assert len(batches) == num_batches and {len(batch) for batch in batches} == {batch_size}
     stream = sum(batches, [])
     assert all(type(index) is int for index in stream)
@@ -143,10 +143,10 @@ def test_every_epoch_has_every_window_once(num_windows, batch_size):
 
 def test_order_is_a_function_of_the_seed():
     def first(seed):
-        return next(iter(WindowBatchSampler(1000, 16, 5, seed)))
+        return next(iter(WindowBatchSampler(1000, [16] * 5, seed)))
 
     assert first(1) == first(1) != first(2)
-    sampler = WindowBatchSampler(10, 3, 8, seed=1)
+    sampler = WindowBatchSampler(10, [3] * 8, seed=1)
     assert list(sampler) == list(sampler) and len(sampler) == 8
 
 
@@ -158,7 +158,7 @@ def rank_batches(sampler, world_size):
 def test_ranks_are_disjoint_and_cover_every_window_once_an_epoch(world_size):
     num_windows, batch_size, epochs = 96, 3, 2
     per_epoch = num_windows // batch_size
-    sampler = WindowBatchSampler(num_windows, batch_size, epochs * per_epoch, seed=5)
+    sampler = WindowBatchSampler(num_windows, [batch_size] * (epochs * per_epoch), seed=5)
     ranks = rank_batches(sampler, world_size)
     for epoch in range(epochs):
         mine = slice(epoch * per_epoch // world_size, (epoch + 1) * per_epoch // world_size)
@@ -169,7 +169,7 @@ def test_ranks_are_disjoint_and_cover_every_window_once_an_epoch(world_size):
 
 def test_an_optimizer_step_has_the_same_windows_at_any_world_size():
     num_windows, batch_size, steps = 50, 3, 20
-    sampler = WindowBatchSampler(num_windows, batch_size, 4 * steps, seed=5)
+    sampler = WindowBatchSampler(num_windows, [batch_size] * (4 * steps), seed=5)
 
     def global_batches(world_size, accumulation):
         ranks = rank_batches(sampler, world_size)
@@ -188,7 +188,7 @@ def test_an_optimizer_step_has_the_same_windows_at_any_world_size():
 @pytest.mark.parametrize("skipped", [0, 1, 5, 11])
 def test_skipping_batches_is_starting_later(tmp_path, skipped):
     windows = TokenWindows(make_manifest(tmp_path, [60, 41], [11]), "train", 5)
-    sampler = WindowBatchSampler(len(windows), batch_size=3, num_batches=12, seed=1)  # lies across two epochs
+    sampler = WindowBatchSampler(len(windows), [3] * 12, seed=1)  # lies across two epochs
     for world_size in (1, 2):
         shard = BatchSamplerShard(sampler, world_size, world_size - 1)
         loader = DataLoader(windows, batch_sampler=shard, collate_fn=collate_windows)

@@ -24,7 +24,7 @@ ANSWERS = {
 }
 TRAINING = ["--max_length", "96", "--max_steps", "80", "--learning_rate", "1e-2", "--lora_r", "16", "--bf16", "false"]
 TRAINING += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--logging_steps", "5"]
-TRAINING += ["--eval_strategy", "steps", "--eval_steps", "40", "--save_steps", "40", "--lr_scheduler_type", "linear"]
+TRAINING += ["--eval_strategy", "steps", "--eval_steps", "40", "--save_steps", "40", "--lr_schedule", "linear"]
 TRAINING += ["--validation_fraction", "0.17", "--lora_dropout", "0", "--warmup_steps", "5", "--max_grad_norm", "1"]
 TRAINING += ["--sample_prompts", "Who wrote Faust?", "--sample_tokens", "20"]
 

@@ -2,8 +2,15 @@
 
     llmkit tokenizer train --output my_tokenizer --text_files 'books/*.txt'
     llmkit shards prepare --output my_shards --tokenizer my_tokenizer --text_files 'books/*.txt'
+    llmkit tokenizer show 'def main():' --tokenizer runs/pretrain
+    llmkit eval runs/pretrain runs/pretrain/checkpoint-500 --hellaswag hellaswag_val.jsonl
+    llmkit lr-find --config recipes/pretrain_quickstart.yaml
     llmkit audit recipes/sft_qlora.yaml --max_length 512
     llmkit merge runs/sft_qlora merged
+    llmkit generate runs/pretrain "def read_file(path):"
+    llmkit chat runs/sft_qlora
+    llmkit push runs/pretrain me/model
+    llmkit report runs/pretrain_a runs/pretrain_b --output compared.html
 
 The flags have the names of the recipes' fields. One module a subject; each imports the libraries it needs inside its
 commands, so that `llmkit --help` need not wait for torch.
@@ -13,10 +20,10 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llmkit.cli import data, finetuning
+from llmkit.cli import data, evaluate, finetuning, inference, runs, share, tuning
 from llmkit.errors import UserError, exit_on_user_error
 
-SUBJECTS = (data, finetuning)
+SUBJECTS = (data, evaluate, finetuning, inference, runs, share, tuning)
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,8 +1,9 @@
-"""Commands that turn text into tokens: `tokenizer train`, `shards prepare`."""
+"""Commands that turn text into tokens: `tokenizer train`, `tokenizer show`, `shards prepare`."""
 
 import argparse
 import dataclasses
 import itertools
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,8 @@ DEFAULT_VOCAB_SIZE = 4096
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
-    verbs = nouns.add_parser("tokenizer", help="make a tokenizer").add_subparsers(metavar="{train}", required=True)
+    noun = nouns.add_parser("tokenizer", help="make a tokenizer, or see what it does to a text")
+    verbs = noun.add_subparsers(metavar="{train,show}", required=True)
     train = verbs.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
     train.add_argument("--output", required=True, help="folder for the tokenizer")
     train.add_argument(
@@ -28,6 +30,15 @@ def add_commands(nouns) -> None:
     )
     _add_corpus_flags(train)
     train.set_defaults(command=_train_tokenizer)
+
+    show = verbs.add_parser("show", help="show a text's tokens", allow_abbrev=False)
+    show.add_argument("text", metavar="FILE_OR_TEXT", help="a text file, - for standard input, or the text itself")
+    show.add_argument("--tokenizer", help="folder of a checkpoint, a tokenizer or token shards, or a name on the Hub")
+    show.add_argument("--compare", metavar="TOKENIZER", help="a second one, to put beside it")
+    show.add_argument("--ids", action="store_true", help="a line a token, with its id")
+    show.add_argument("--color", action="store_true", help="colours although the output is not a terminal")
+    show.add_argument("--html", metavar="FILE", help="write a page for a browser, in place of the text")
+    show.set_defaults(command=_show_tokens)
 
     verbs = nouns.add_parser("shards", help="turn text into tokens").add_subparsers(metavar="{prepare}", required=True)
     prepare = verbs.add_parser("prepare", help="tokenize text into shards for training", allow_abbrev=False)
@@ -106,6 +117,54 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     bytes_per_token = sum(len(piece.encode()) for piece in sample) / num_tokens
     print(f"trained on {corpus.description} in {seconds:.1f} s")
     print(f"{len(tokenizer):,} tokens, {bytes_per_token:.2f} bytes of text a token; saved in {output}")
+
+
+def _show_tokens(args: argparse.Namespace) -> None:
+    if args.tokenizer is None:
+        raise UserError(
+            "no tokenizer: give --tokenizer with the folder of a checkpoint (runs/pretrain_quickstart), a tokenizer "
+            "or token shards (data/...), or a name on the Hub (openai-community/gpt2)"
+        )
+    if args.html and not Path(args.html).absolute().parent.is_dir():
+        raise UserError(f"html={args.html}: its folder does not exist: make it, or choose another file")
+    text = _read_text(args.text)
+
+    from llmkit.pretraining_data import TOKENIZER
+    from llmkit.token_view import as_page, facts_table, in_terminal, segment, with_ids
+    from llmkit.tokenizer import load_tokenizer
+
+    segmentations = []
+    for name in filter(None, (args.tokenizer, args.compare)):
+        folder = Path(name) / TOKENIZER  # of token shards that brought their own tokenizer
+        tokenizer = load_tokenizer(str(folder) if folder.is_dir() else name)
+        segmentations.append(segment(text, tokenizer, name))
+    if args.html:
+        Path(args.html).write_text(as_page(segmentations), encoding="utf-8")
+        print(f"saved {args.html}")
+        return
+    color = args.color or sys.stdout.isatty()
+    for segmentation in segmentations:
+        if args.compare:
+            print(f"--- {segmentation.name}")
+        shown = with_ids(segmentation) if args.ids else in_terminal(segmentation, color)
+        print(shown.removesuffix("\n"), end="\n\n")
+    print(facts_table(segmentations))
+
+
+def _read_text(source: str) -> str:
+    """A file's text, standard input's, or the text itself."""
+    try:
+        if source == "-":
+            text = sys.stdin.read()
+        else:
+            # Python reads no path with a zero in it, or longer than the system allows; a text may be both.
+            is_file = "\0" not in source and len(source.encode()) < 256 and Path(source).is_file()
+            text = Path(source).read_text(encoding="utf-8") if is_file else source
+    except UnicodeDecodeError as error:
+        raise UserError(f"{source}: not a text in UTF-8 ({error}): give a text file") from error
+    if not text:
+        raise UserError(f"{source!r}: there is no text: give a text file, - for standard input, or the text itself")
+    return text
 
 
 def _prepare_shards(args: argparse.Namespace) -> None:

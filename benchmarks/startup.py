@@ -1,0 +1,135 @@
+"""From launch to the first step, and from resuming to the next one, by the size of the data and the position in it.
+
+    python benchmarks/startup.py
+    python benchmarks/startup.py --sizes_mb 1 10000 --positions 1000 1000000
+
+Everything goes through the real `accelerate launch recipes/pretrain.py`, with a model of no size. Seconds go from the
+command to the line of its first step. `imports` is the command with `--help`, which imports the same and does nothing.
+The shards are what the recipe makes of a little text, and then more files of zeros, sparse, of 100 million tokens each
+with the manifest to match. A resumed run has the checkpoint of a run of two steps with its position set ahead, so that
+nobody has to train a million steps first.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measuring import add_options, machine, print_table, report, take_turns, use_threads
+
+from llmkit.manifest import MANIFEST
+
+ROOT = Path(__file__).parents[1]
+SHARD_TOKENS = 100_000_000
+TEXT = "The quick brown fox jumps over the lazy dog.\n" * 2000
+SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 64, "block_size": 256, "total_batch_tokens": 256, "vocab_size": 300}
+REST = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 64, "eval_strategy": "no", "logging_steps": 1}
+REST |= {"validation_split": "tail", "save_strategy": "steps", "save_steps": 2, "warmup_steps": 0, "report_to": "none"}
+
+
+def recipe(work: Path, output: str, max_steps: int, *more: str) -> list[str]:
+    settings = SIZES | REST | {"max_steps": max_steps, "data_dir": work / "data", "output_dir": work / output}
+    flags = [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+    return [*launch(), "--text_files", str(work / "text.txt"), *flags, *more]
+
+
+def launch() -> list[str]:
+    config = ["--config_file", "accelerate_configs/cpu.yaml"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *config, "recipes/pretrain.py"]
+
+
+def prepare(work: Path, positions: list[int]) -> None:
+    """A run of two steps on a little text, and a copy of it for each position."""
+    (work / "text.txt").write_text(TEXT)
+    done = subprocess.run(recipe(work, "run", 2), cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}{done.stderr}")
+    for position in positions:
+        checkpoint = work / f"at_{position}" / f"checkpoint-{position}"
+        shutil.copytree(work / "run" / "checkpoint-2", checkpoint)
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"global_step": position}))
+        # Without the run's log, by which the recipe would tell that the data are no longer the same.
+
+
+def grow(data: Path, megabytes: float) -> None:
+    """Sparse shards up to this size, in place of those that were added before."""
+    original, path = data / "original.json", data / MANIFEST
+    if not original.exists():
+        shutil.copy(path, original)
+    manifest = json.loads(original.read_text())
+    train = manifest["splits"]["train"]
+    missing = int(megabytes * 1e6) // 2 - train["tokens"]
+    while missing > 0:
+        tokens = min(SHARD_TOKENS, missing)
+        name = f"train_{len(train['shards']):05d}.bin"
+        with (data / name).open("wb") as file:
+            file.truncate(2 * tokens)
+        train["shards"].append(train["shards"][0] | {"name": name, "tokens": tokens})
+        train["tokens"] += tokens
+        missing -= tokens
+    path.write_text(json.dumps(manifest))
+
+
+def seconds_to(text: str | None, command: list[str]) -> float:
+    """Wall time until a line of the output has the text, or until the command ends."""
+    start = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        lines = []
+        for line in process.stdout:
+            lines.append(line)
+            if text is not None and text in line:
+                found = time.perf_counter() - start
+                process.communicate()
+                return found
+    if text is not None or process.returncode:
+        sys.exit("".join(lines))
+    return time.perf_counter() - start
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    if options.peer == "imports":
+        return {"seconds": seconds_to(None, [*launch(), "--help"])}
+    work = Path(options.work)
+    what, _, rest = options.peer.partition(", ")
+    megabytes = float(rest.split(" MB")[0].replace(",", ""))
+    grow(work / "data", megabytes)
+    output = f"{options.peer} {options.turn}"
+    if what == "fresh":
+        return {"seconds": seconds_to("| loss", recipe(work, output, 1))}
+    position = int(what.removeprefix("resumed at ").replace("_", ""))
+    shutil.copytree(work / f"at_{position}", work / output)
+    command = recipe(work, output, position + 1, "--resume_from_checkpoint", "latest")
+    return {"seconds": seconds_to("| loss", command)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, rounds=3)
+    parser.add_argument("--sizes_mb", type=float, nargs="+", default=[1, 10_000], help="of the shards")
+    parser.add_argument("--positions", type=int, nargs="+", default=[1000, 1_000_000], help="steps before resuming")
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    use_threads(options.threads)
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    if options.peer:
+        report(measure(options))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        prepare(Path(work), options.positions)
+        sys.argv += ["--work", work]
+        peers = ["imports"]
+        for size in options.sizes_mb:
+            peers.append(f"fresh, {size:,.0f} MB")
+            peers += [f"resumed at {position:_}, {size:,.0f} MB" for position in options.positions]
+        print(f"command to first step, a step of 256 tokens; {options.rounds} rounds\n{machine('accelerate')}")
+        print_table(take_turns(peers, options.rounds), {"seconds": ",.1f"})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Muon, with AdamW for what is no matrix of a hidden layer, as one optimizer. AdamW alone is Trainer's own.
+
+Muon (Jordan et al. 2024) replaces the momentum of a matrix by the nearest orthogonal one, found in five steps of a
+Newton-Schulz iteration, so that all directions of a step have one length. It is scaled by 0.2 * sqrt(max(in, out)),
+which gives it the root mean square of AdamW's usual step (Liu et al. 2025, Moonlight): learning rate and weight decay
+keep their usual size, and the scale does not ask which side of a matrix is the input's. (The original one,
+sqrt(out / in), does, and GPT-2's weights are stored the other way round than `nn.Linear`'s.)
+
+    attention and MLP matrices    Muon, muon_learning_rate, with weight decay
+    token and position embeddings AdamW, learning_rate, with weight decay
+    LayerNorms and biases         AdamW, learning_rate, without
+
+With `optim` other than muon, AdamW's two groups hold all of them: weight decay on matrices and embeddings, none on
+LayerNorms and biases, as nanoGPT has it.
+"""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch.optim import AdamW, Muon, Optimizer
+from transformers import PreTrainedModel, TrainingArguments
+
+from llmkit.errors import UserError
+
+MUON = "muon"
+
+
+@dataclass
+class OptimizerArguments:
+    """For PretrainArguments: `optim` knows one optimizer more than TrainingArguments."""
+
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={"help": "One of Trainer's, or muon: Muon for the matrices of the layers, AdamW for the rest."},
+    )
+    muon_learning_rate: float | None = field(
+        default=None, metadata={"help": "Of Muon's part; by default learning_rate, which is of AdamW's part always."}
+    )
+
+    def __post_init__(self):
+        wanted = self.optim
+        if wanted == MUON:
+            self.optim = "adamw_torch_fused"  # Trainer wants one that it knows, to be made an enum
+        super().__post_init__()
+        if wanted != MUON:
+            if self.muon_learning_rate is not None:
+                raise UserError(f"muon_learning_rate is for optim: muon, not {self.optim.value}: leave it out")
+            return
+        self.optim = MUON
+        if self.muon_learning_rate is None:
+            self.muon_learning_rate = self.learning_rate
+        if not (self.learning_rate > 0 and self.muon_learning_rate > 0):
+            raise UserError("optim: muon takes a learning_rate and a muon_learning_rate above 0")
+        if self.lr_schedule == "one_cycle":
+            raise UserError("lr_schedule: one_cycle cycles Adam's beta1, which Muon has not: take another schedule")
+        if self.optim_args:
+            raise UserError("optim_args is not for optim: muon: leave it out")
+        if is_fully_sharded(self):
+            raise UserError("optim: muon needs whole matrices, and FSDP shards them: take DDP, or another optim")
+
+
+def is_fully_sharded(args: TrainingArguments) -> bool:
+    """Whether Trainer, or the accelerate configuration that the run was launched with, turns FSDP on."""
+    return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+class MuonWithAdamW(Optimizer):
+    """Both as one, to whoever steps, schedules, saves or loads it.
+
+    The groups and the state are this optimizer's; the two inner ones see the same objects, AdamW the groups before the
+    last one and Muon the last, so each does its part of a step.
+    """
+
+    def __init__(self, adamw: AdamW, muon: Muon):
+        super().__init__([*adamw.param_groups, *muon.param_groups], defaults={})
+        self.adamw, self.muon = adamw, muon
+        self._share()
+
+    def _share(self) -> None:
+        self.adamw.param_groups, self.muon.param_groups = self.param_groups[:-1], self.param_groups[-1:]
+        self.adamw.state = self.muon.state = self.state
+
+    def step(self, closure=None) -> None:
+        assert closure is None, "Trainer has none"
+        self.adamw.step()
+        self.muon.step()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # replaces both, groups and state
+        self._share()
+
+
+def create_muon(model: PreTrainedModel, args: TrainingArguments, decayed: Collection[str]) -> MuonWithAdamW:
+    """The optimizer for a GPT-2.
+
+    Args:
+        args: with learning rates, weight decay and AdamW's own settings.
+        decayed: the names of the parameters that have weight decay (`Trainer.get_decay_parameter_names`).
+    """
+    hidden = {id(p) for p in model.transformer.h.parameters() if p.ndim == 2}
+    matrices, with_decay, without_decay = [], [], []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in hidden:
+            matrices.append(parameter)
+        else:
+            (with_decay if name in decayed else without_decay).append(parameter)
+    adamw = AdamW(
+        [{"params": with_decay, "weight_decay": args.weight_decay}, {"params": without_decay, "weight_decay": 0.0}],
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    muon = Muon(
+        matrices, lr=args.muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+    )  # momentum 0.95, Nesterov, 5 iterations: the defaults, and Jordan's
+    return MuonWithAdamW(adamw, muon)
