@@ -108,9 +108,8 @@ def test_the_loss_and_its_gradients_are_trls(bases, name, tmp_path):
 
 
 def test_a_head_that_caps_its_logits_is_left_to_trl():
-    config = Gemma2Config(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=16
-    )
+    sizes = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16}
+    config = Gemma2Config(**sizes, num_attention_heads=2, num_key_value_heads=2)
     assert not has_plain_head(Gemma2ForCausalLM(config).eval())
     config.final_logit_softcapping = None
     assert has_plain_head(Gemma2ForCausalLM(config).eval())

@@ -181,7 +181,7 @@ def test_folders_that_are_no_checkpoint(checkpoint, adapter, tmp_path, capsys):
     (tmp_path / "checkpoint-7").mkdir()
     assert f"such as {tmp_path}/checkpoint-7" in failing(["generate", str(tmp_path), "x"], capsys)
     (tmp_path / "config.json").write_text((Path(checkpoint) / "config.json").read_text())
-    assert "no tokenizer in this folder" in failing(["generate", str(tmp_path), "x"], capsys)
+    assert "no tokenizer's files there" in failing(["generate", str(tmp_path), "x"], capsys)
     load_tokenizer(checkpoint).save_pretrained(tmp_path)
     assert "does not load" in failing(["generate", str(tmp_path), "x"], capsys)
     (tmp_path / "model.safetensors").write_bytes(b"broken")
