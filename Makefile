@@ -1,4 +1,4 @@
-# make demo    train a small GPT-2 on this machine, about 5 minutes on 2 CPU cores
+# make demo    train a small GPT-2 on this machine, some minutes on 2 CPU cores
 # make test    run the tests
 # make lint    check style
 # make bench   measure training, fine-tuning and data beside what else there is: 15 minutes on 2 CPU cores
