@@ -25,8 +25,6 @@ from pathlib import Path
 
 import numpy as np
 import tiktoken
-from loops import SHAPES, make_llmkit_trainer
-from measuring import add_options, machine, print_table, report, take_turns, use_threads
 from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -35,6 +33,8 @@ from llmkit.corpus import Corpus
 from llmkit.sample_data import stdlib_sources
 from llmkit.shards import prepare_shards
 from llmkit.tokenizer import load_tokenizer, train_bpe_tokenizer
+from loops import SHAPES, make_llmkit_trainer
+from measuring import add_options, machine, print_table, report, take_turns, use_threads
 
 # Characters of a document: a comment, a web page (FineWeb-Edu's mean is about 4,000), a book.
 LENGTHS = {"short": 300, "page": 4_000, "book": 1_000_000}

@@ -36,11 +36,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 from matplotlib.figure import Figure
-from measuring import add_options, machine, peak_resident, report, synchronize, take_turns, use_threads
 
 import llmkit
 from llmkit.hardware import bf16_is_fast
 from llmkit.loss import VOCAB_MULTIPLE
+from measuring import add_options, machine, peak_resident, report, synchronize, take_turns, use_threads
 
 WARMUP_STEPS = 2
 # The first is of a size that a laptop takes seconds for.

@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from measuring import synchronize
 
 from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.arguments import PretrainArguments
@@ -26,6 +25,7 @@ from llmkit.hardware import set_up_cpu
 from llmkit.manifest import Manifest, Shard, Split
 from llmkit.tokenizer import train_character_tokenizer
 from llmkit.trainer import PretrainTrainer
+from measuring import synchronize
 
 # Sizes that the flags take their defaults from. A CPU takes minutes for a step of the second at its own batch.
 SHAPES = {

@@ -28,9 +28,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measuring import add_options, machine, print_table, report, take_turns, use_threads
-
 from llmkit import GPT2Config
+from measuring import add_options, machine, print_table, report, take_turns, use_threads
 
 ROOT = Path(__file__).parents[1]
 RANKS = {"1 rank": "cpu", "2 ranks": "multi_cpu"}

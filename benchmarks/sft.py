@@ -23,7 +23,6 @@ import datasets
 import torch
 import transformers.trainer
 import yaml
-from measuring import PeakMemory, add_options, machine, print_table, report, synchronize, take_turns, use_threads
 from transformers import PhiConfig, PhiForCausalLM, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -31,6 +30,7 @@ from llmkit.adapters import AdapterArguments, load_chat_tokenizer
 from llmkit.conversations import ConversationArguments, encode_all, load_conversations
 from llmkit.hardware import bf16_is_fast
 from llmkit.tokenizer import train_bpe_tokenizer
+from measuring import PeakMemory, add_options, machine, print_table, report, synchronize, take_turns, use_threads
 
 WARMUP_STEPS = 2
 RECIPE = Path(__file__).parents[1] / "recipes" / "sft_qlora.py"

@@ -20,9 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import add_options, machine, print_table, report, take_turns, use_threads
-
 from llmkit.manifest import MANIFEST
+from measuring import add_options, machine, print_table, report, take_turns, use_threads
 
 ROOT = Path(__file__).parents[1]
 SHARD_TOKENS = 100_000_000

@@ -25,9 +25,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
+
 from loops import definitions
 from measuring import add_options, machine, print_table, report, take_turns, use_threads
-from torch.nn.functional import cross_entropy
 
 ROOT = Path(__file__).parents[1]
 CONTEXT, HELD_OUT = 64, 0.1

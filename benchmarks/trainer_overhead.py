@@ -17,9 +17,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 
+from transformers import TrainerCallback
+
 from loops import add_shape_options, bare_step, batches_in_memory, complete_shape, describe, make_llmkit_trainer
 from measuring import add_options, machine, report, synchronize, take_turns, use_threads
-from transformers import TrainerCallback
 
 WARMUP_STEPS = 5
 

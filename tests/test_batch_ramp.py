@@ -5,11 +5,11 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from test_trainer import BLOCK, data, losses, trainer, weights  # noqa: F401
 
 from llmkit.batch_ramp import Batches
 from llmkit.dataset import WindowBatchSampler
 from llmkit.errors import UserError
+from test_trainer import BLOCK, data, losses, trainer, weights  # noqa: F401
 
 RAMP = {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 30 * BLOCK, "per_device_train_batch_size": 4}
 

@@ -60,9 +60,8 @@ def test_tiktoken_loop_writes_as_many_tokens_as_llmkit(tmp_path):
 
 
 def test_grown_shards_are_a_manifest_that_loads(tmp_path):
-    from startup import SHARD_TOKENS, grow
-
     from data import documents, run_llmkit
+    from startup import SHARD_TOKENS, grow
 
     texts = documents(0.02, 300)
     run_llmkit(texts, train_bpe_tokenizer(texts, 300), 1, tmp_path)

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from hub_server import DROP, READER, SILENT, WRITER, Failure, Hub, running_hub
 from huggingface_hub import close_session, constants
 
+from hub_server import DROP, READER, SILENT, WRITER, Failure, Hub, running_hub
 from llmkit.adapters import QUANTIZATION_CONFIG
 from llmkit.cli import main as llmkit
 from llmkit.staging import CONFIGS

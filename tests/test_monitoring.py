@@ -7,11 +7,11 @@ import pytest
 import torch
 import wandb
 from safetensors.torch import load_file
-from test_trainer import BLOCK, data, losses, trainer, weights  # noqa: F401
 
 from llmkit.errors import UserError
 from llmkit.hellaswag import encode_hellaswag, load_hellaswag, score_hellaswag
 from llmkit.run import load_run
+from test_trainer import BLOCK, data, losses, trainer, weights  # noqa: F401
 
 KINDS = ("token_embedding", "position_embedding", "attention", "mlp", "layernorm")
 

@@ -5,13 +5,13 @@ import shutil
 
 import pytest
 import torch
-from test_trainer import data, losses, trainer, weights  # noqa: F401
 from torch.optim import AdamW, Muon
 
 from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.arguments import PretrainArguments
 from llmkit.errors import UserError
 from llmkit.optimizers import MuonWithAdamW
+from test_trainer import data, losses, trainer, weights  # noqa: F401
 
 MUON = {"optim": "muon", "learning_rate": 3e-3, "muon_learning_rate": 2e-2, "weight_decay": 0.1}
 

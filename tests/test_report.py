@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_trainer
-from test_run import end, loss, start, write_log
 
+import test_trainer
 from llmkit import cli
 from llmkit.report import page, run_names, write_report
 from llmkit.report.curves import charts, moving_average, thin, tokens
 from llmkit.report.summary import duration, public, quantity, state
 from llmkit.run import load_run
+from test_run import end, loss, start, write_log
 
 LOGGED = [2.5 + 1 / step for step in range(1, 21)]
 HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; \u2028 \ud83d"

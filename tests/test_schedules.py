@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from test_trainer import data, losses, trainer, weights  # noqa: F401
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
@@ -13,6 +12,7 @@ from llmkit.arguments import PretrainArguments
 from llmkit.errors import UserError
 from llmkit.schedules import create_schedule, describe_schedule
 from llmkit.sft import SFTArguments
+from test_trainer import data, losses, trainer, weights  # noqa: F401
 
 STEPS = 20
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
 from test_monitoring import hellaswag  # noqa: F401
 from test_schedules import expected_one_cycle, watched  # noqa: F401
 from test_trainer import BLOCK, data, trainer  # noqa: F401
