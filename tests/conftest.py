@@ -1,5 +1,6 @@
 """Small models and shards that many tests share."""
 
+import json
 import os
 from pathlib import Path
 
@@ -26,3 +27,30 @@ def pytest_collection_modifyitems(items):
 def tiny_config() -> dict:
     """Sizes of a GPT-2 that runs in milliseconds; none is a multiple of another, so that mix-ups show."""
     return {"vocab_size": 211, "n_positions": 64, "n_embd": 48, "n_layer": 3, "n_head": 4, "eos_token_id": 0}
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> tuple:
+    """Shards of some text with enough documents for a split, and their tokenizer: (Manifest, tokenizer)."""
+    from llmkit.corpus import open_corpus
+    from llmkit.shards import prepare_shards
+    from llmkit.tokenizer import train_bpe_tokenizer
+
+    folder = tmp_path_factory.mktemp("data")
+    for number in range(40):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}\n" for n in range(30)))
+    corpus = open_corpus([str(folder / "*.txt")])
+    tokenizer = train_bpe_tokenizer(corpus.documents(), 300)
+    return prepare_shards(corpus, tokenizer, folder / "shards", validation_fraction=0.1), tokenizer
+
+
+@pytest.fixture(scope="session")
+def hellaswag(tmp_path_factory) -> str:
+    """Questions in the official format, short enough for the tiny context."""
+    path = tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl"
+    rows = [
+        {"ind": n, "ctx": f"{n} times", "endings": [f"{m} is {n * m}" for m in (2, 3, 4, 5)], "label": n % 4}
+        for n in range(9)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)

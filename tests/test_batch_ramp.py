@@ -9,7 +9,7 @@ import torch
 from llmkit.batch_ramp import Batches
 from llmkit.dataset import WindowBatchSampler
 from llmkit.errors import UserError
-from test_trainer import BLOCK, data, losses, trainer, weights  # noqa: F401
+from small_run import BLOCK, losses, trainer, weights
 
 RAMP = {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 30 * BLOCK, "per_device_train_batch_size": 4}
 
@@ -44,7 +44,7 @@ def test_gpt3s_ramp():
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_a_ramped_run_is_a_loop_over_its_windows(data, tmp_path, accumulation):  # noqa: F811
+def test_a_ramped_run_is_a_loop_over_its_windows(data, tmp_path, accumulation):
     """Tokens, learning rates, losses and weights of a plain loop without micro-batches."""
     how = {**RAMP, "per_device_train_batch_size": 8 // accumulation, "warmup_steps": 2, "weight_decay": 0.0}
     if accumulation == 4:
@@ -77,7 +77,7 @@ def test_a_ramped_run_is_a_loop_over_its_windows(data, tmp_path, accumulation): 
         torch.testing.assert_close(weights(run)[name], weight.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_resuming_inside_the_ramp_ends_with_the_same_bits(data, tmp_path):  # noqa: F811
+def test_resuming_inside_the_ramp_ends_with_the_same_bits(data, tmp_path):
     how = {**RAMP, "save_strategy": "steps", "save_steps": 4}
     whole = trainer(data, tmp_path / "whole", **how)
     whole.train()
@@ -93,7 +93,7 @@ def test_resuming_inside_the_ramp_ends_with_the_same_bits(data, tmp_path):  # no
         run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
-def test_speed_and_summary(data, tmp_path):  # noqa: F811
+def test_speed_and_summary(data, tmp_path):
     run = trainer(data, tmp_path, **RAMP, logging_steps=3)
     text = run.summary()
     assert "128 tokens = 4 x 16 x 2 accumulated x 1 rank(s), from 48 over the first 480" in text
@@ -106,7 +106,7 @@ def test_speed_and_summary(data, tmp_path):  # noqa: F811
     assert speed / run.throughput.measure(1)["tokens_per_second"] == pytest.approx(windows / 3, rel=0.01)
 
 
-def test_what_is_refused(data, tmp_path):  # noqa: F811
+def test_what_is_refused(data, tmp_path):
     for given, message in [
         ({"batch_ramp_start": 16}, "batch_ramp_start and batch_ramp_tokens belong together"),
         (

@@ -11,24 +11,12 @@ from safetensors.torch import load_file
 from llmkit.errors import UserError
 from llmkit.hellaswag import encode_hellaswag, load_hellaswag, score_hellaswag
 from llmkit.run import load_run
-from test_trainer import BLOCK, data, losses, trainer, weights  # noqa: F401
+from small_run import BLOCK, losses, trainer, weights
 
 KINDS = ("token_embedding", "position_embedding", "attention", "mlp", "layernorm")
 
 
-@pytest.fixture(scope="module")
-def hellaswag(tmp_path_factory) -> str:
-    """Questions in the official format, short enough for the tiny context."""
-    path = tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl"
-    rows = [
-        {"ind": n, "ctx": f"{n} times", "endings": [f"{m} is {n * m}" for m in (2, 3, 4, 5)], "label": n % 4}
-        for n in range(9)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def test_norms_are_those_of_the_step(data, tmp_path):  # noqa: F811
+def test_norms_are_those_of_the_step(data, tmp_path):
     """Against the parameters before and after one step, and gradients from the model itself."""
     how = {"monitor_steps": 2, "logging_steps": 2, "max_steps": 2, "max_grad_norm": 0.1, "save_strategy": "steps"}
     run = trainer(data, tmp_path, **how, save_steps=1)
@@ -57,7 +45,7 @@ def test_norms_are_those_of_the_step(data, tmp_path):  # noqa: F811
     assert math.sqrt(squares) == pytest.approx(entry["grad_norm"]) and entry["grad_norm"] > 0.1, "it was not clipped"
 
 
-def test_watching_changes_nothing(data, tmp_path, hellaswag):  # noqa: F811
+def test_watching_changes_nothing(data, tmp_path, hellaswag):
     plain = trainer(data, tmp_path / "a")
     plain.train()
     watched = trainer(
@@ -78,7 +66,7 @@ def test_watching_changes_nothing(data, tmp_path, hellaswag):  # noqa: F811
     assert {name: scored[1][name] for name in expected} == expected and expected["hellaswag/questions"] == 5
 
 
-def test_every_service_has_the_same_names(data, tmp_path, hellaswag, monkeypatch):  # noqa: F811
+def test_every_service_has_the_same_names(data, tmp_path, hellaswag, monkeypatch):
     """TensorBoard's event files read back, and wandb's offline run: log.jsonl's names after `train/` and `eval/`."""
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -111,7 +99,7 @@ def test_every_service_has_the_same_names(data, tmp_path, hellaswag, monkeypatch
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
 
 
-def test_what_is_refused(data, tmp_path, hellaswag, monkeypatch):  # noqa: F811
+def test_what_is_refused(data, tmp_path, hellaswag, monkeypatch):
     for given, message in [
         ({"monitor_steps": 3, "logging_steps": 2}, "monitor_steps=3: give a multiple of logging_steps=2"),
         ({"hellaswag_steps": -1}, "hellaswag_steps=-1: give a multiple"),

@@ -11,7 +11,7 @@ from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.arguments import PretrainArguments
 from llmkit.errors import UserError
 from llmkit.optimizers import MuonWithAdamW
-from test_trainer import data, losses, trainer, weights  # noqa: F401
+from small_run import losses, trainer, weights
 
 MUON = {"optim": "muon", "learning_rate": 3e-3, "muon_learning_rate": 2e-2, "weight_decay": 0.1}
 
@@ -21,7 +21,7 @@ def named_groups(run) -> list[set[str]]:
     return [{names[id(p)] for p in group["params"]} for group in run.create_optimizer().param_groups]
 
 
-def test_groups(data, tmp_path):  # noqa: F811
+def test_groups(data, tmp_path):
     """Every parameter is in one group; matrices of the layers in Muon's; LayerNorms and biases without decay."""
     run = trainer(data, tmp_path, **MUON)
     embeddings, vectors, matrices = named_groups(run)
@@ -94,7 +94,7 @@ def test_the_update_does_not_ask_for_the_orientation(shape):
     assert 0.1 < size / 1e-2 < 0.3, "a step has about the root mean square of AdamW's, 0.2 of the learning rate"
 
 
-def test_resumed_run_ends_with_the_same_bits(data, tmp_path):  # noqa: F811
+def test_resumed_run_ends_with_the_same_bits(data, tmp_path):
     how = {**MUON, "save_strategy": "steps", "save_steps": 4, "max_steps": 8, "per_device_train_batch_size": 4}
     whole = trainer(data, tmp_path / "whole", **how)
     whole.train()
@@ -109,7 +109,7 @@ def test_resumed_run_ends_with_the_same_bits(data, tmp_path):  # noqa: F811
         run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
 
 
-def test_the_log_has_both_rates(data, tmp_path):  # noqa: F811
+def test_the_log_has_both_rates(data, tmp_path):
     run = trainer(data, tmp_path, **MUON, warmup_steps=3)
     run.train()
     rates = [(e["learning_rate"], e["lr/muon"]) for e in run.state.log_history if "loss" in e]
@@ -117,7 +117,7 @@ def test_the_log_has_both_rates(data, tmp_path):  # noqa: F811
     assert "muon, lr 0.02, and adamw, lr 0.003" in run.summary()
 
 
-def test_what_is_refused(data, tmp_path, monkeypatch):  # noqa: F811
+def test_what_is_refused(data, tmp_path, monkeypatch):
     for given, message in [
         ({"optim": "muon", "fsdp": True}, "optim: muon needs whole matrices, and FSDP shards them"),
         ({"optim": "muon", "optim_args": "a=1"}, "optim_args is not for optim: muon"),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import test_trainer
+import small_run
 from llmkit import cli
 from llmkit.report import page, run_names, write_report
 from llmkit.report.curves import charts, moving_average, thin, tokens
@@ -328,16 +328,13 @@ def test_a_folder_without_a_run_is_one_line_and_nothing_is_written(run, tmp_path
     assert not (run / "report.html").exists()
 
 
-data = test_trainer.data  # a fixture
-
-
 def test_a_real_run(data, tmp_path):
     what = {"eval_strategy": "steps", "eval_steps": 2, "sample_prompts": ["1 times 2"], "sample_tokens": 4}
-    trainer = test_trainer.trainer(data, tmp_path / "real", **what)
+    trainer = small_run.trainer(data, tmp_path / "real", **what)
     trainer.train()
     [shown] = Page(write_report([tmp_path / "real"]).read_text(encoding="utf-8")).data["runs"]
     assert shown["state"]["text"] == "finished"
-    assert shown["curves"]["loss"]["values"] == pytest.approx(test_trainer.losses(trainer), rel=1e-6)
+    assert shown["curves"]["loss"]["values"] == pytest.approx(small_run.losses(trainer), rel=1e-6)
     assert shown["axes"][shown["curves"]["eval_loss"]["axis"]]["step"] == [2, 4, 6]
     assert shown["samples"][0]["steps"] == [2, 4, 6]
     assert f"validation loss {trainer.evaluate()['eval_loss']:.4f}" in shown["headline"]

@@ -12,7 +12,7 @@ from llmkit.arguments import PretrainArguments
 from llmkit.errors import UserError
 from llmkit.schedules import create_schedule, describe_schedule
 from llmkit.sft import SFTArguments
-from test_trainer import data, losses, trainer, weights  # noqa: F401
+from small_run import losses, trainer, weights
 
 STEPS = 20
 
@@ -117,7 +117,7 @@ def test_in_words():
 ONE_CYCLE = {"lr_schedule": "one_cycle", "warmup_steps": 4, "max_steps": 10, "per_device_train_batch_size": 2}
 
 
-def watched(data, output_dir, resume=None, **given) -> list[tuple[float, float]]:  # noqa: F811
+def watched(data, output_dir, resume=None, **given) -> list[tuple[float, float]]:
     """Learning rate and beta1 of each step of a run, as the optimizer had them when it took the step."""
     run = trainer(data, output_dir, **ONE_CYCLE, **given)
     found = []
@@ -149,7 +149,7 @@ def expected_one_cycle() -> list[tuple[float, float]]:
     return found
 
 
-def test_one_cycle_is_torchs(data, tmp_path):  # noqa: F811
+def test_one_cycle_is_torchs(data, tmp_path):
     found = watched(data, tmp_path)
     assert found == expected_one_cycle()
     assert max(found)[0] == 1e-2 and min(beta for _, beta in found) == 0.85 and found[0][1] == 0.95
@@ -158,7 +158,7 @@ def test_one_cycle_is_torchs(data, tmp_path):  # noqa: F811
     ]
 
 
-def test_one_cycle_resumes_exactly(data, tmp_path):  # noqa: F811
+def test_one_cycle_resumes_exactly(data, tmp_path):
     saving = {"save_strategy": "steps", "save_steps": 6}
     watched(data, tmp_path / "whole", **saving)
     whole = watched.last
@@ -172,7 +172,7 @@ def test_one_cycle_resumes_exactly(data, tmp_path):  # noqa: F811
         run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-6"))
 
 
-def test_a_wsd_run_goes_on_longer(data, tmp_path):  # noqa: F811
+def test_a_wsd_run_goes_on_longer(data, tmp_path):
     """What wsd is for: from a checkpoint before the decay, the same steps as a run that was meant to be longer."""
     how = {"lr_schedule": "wsd", "wsd_decay_steps": 2, "save_strategy": "steps", "save_steps": 4}
     trainer(data, tmp_path / "short", **how, max_steps=6).train()

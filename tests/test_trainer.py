@@ -10,49 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import set_seed
 
-from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.arguments import PretrainArguments
-from llmkit.corpus import open_corpus
 from llmkit.dataset import TokenWindows
 from llmkit.errors import UserError
-from llmkit.manifest import Manifest
-from llmkit.shards import prepare_shards
-from llmkit.tokenizer import train_bpe_tokenizer
-from llmkit.trainer import PretrainTrainer, checkpoint_to_resume
-
-BLOCK = 16
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> tuple[Manifest, object]:
-    """Shards of some text with enough documents for a split."""
-    folder = tmp_path_factory.mktemp("data")
-    for number in range(40):
-        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}\n" for n in range(30)))
-    corpus = open_corpus([str(folder / "*.txt")])
-    tokenizer = train_bpe_tokenizer(corpus.documents(), 300)
-    return prepare_shards(corpus, tokenizer, folder / "shards", validation_fraction=0.1), tokenizer
-
-
-def trainer(data, output_dir, windows=TokenWindows, **arguments) -> PretrainTrainer:
-    manifest, tokenizer = data
-    defaults = {"total_batch_tokens": 8 * BLOCK, "per_device_train_batch_size": 8, "max_steps": 6, "bf16": False}
-    defaults |= {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
-    args = PretrainArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **arguments})
-    set_seed(args.seed)
-    config = GPT2Config(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2).for_tokenizer(tokenizer)
-    splits = [windows(manifest, split, BLOCK) for split in ("train", "validation")]
-    return PretrainTrainer(GPT2LMHeadModel(config), args, *splits, processing_class=tokenizer)
-
-
-def losses(run: PretrainTrainer) -> list[float]:
-    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-
-
-def weights(run: PretrainTrainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+from llmkit.trainer import checkpoint_to_resume
+from small_run import BLOCK, losses, trainer, weights
 
 
 def test_accumulation_does_not_change_the_loss(data, tmp_path):
@@ -82,7 +45,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from llmkit.manifest import load_manifest
 from llmkit.tokenizer import load_tokenizer
-from test_trainer import RaggedWindows, losses, trainer
+from small_run import losses, trainer
+from test_trainer import RaggedWindows
 data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
 run = trainer(data, sys.argv[4], windows=RaggedWindows, per_device_train_batch_size=2)
 run.train()

@@ -9,9 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from test_monitoring import hellaswag  # noqa: F401
-from test_schedules import expected_one_cycle, watched  # noqa: F401
-from test_trainer import BLOCK, data, trainer  # noqa: F401
+from small_run import BLOCK, trainer
+from test_schedules import expected_one_cycle
 
 TOGETHER = {"optim": "muon", "weight_decay": 0.1, "max_steps": 4, "per_device_train_batch_size": 4, "warmup_steps": 2}
 TOGETHER |= {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 16 * BLOCK, "monitor_steps": 2, "hellaswag_steps": 4}
@@ -21,7 +20,8 @@ import json, sys
 sys.path.insert(0, sys.argv[1])
 from llmkit.manifest import load_manifest
 from llmkit.tokenizer import load_tokenizer
-from test_two_ranks import train_together, watched
+from test_schedules import watched
+from test_two_ranks import train_together
 data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
 found = watched(data, sys.argv[4] + "/one_cycle")
 train_together(data, sys.argv[4] + "/together", sys.argv[5])
@@ -29,7 +29,7 @@ print("found", json.dumps(found))
 """
 
 
-def train_together(data, output_dir, questions) -> None:  # noqa: F811
+def train_together(data, output_dir, questions) -> None:
     run = trainer(data, output_dir, **TOGETHER, hellaswag_file=questions)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # so that sums have one order in both, for Muon rounds them to bfloat16
@@ -39,7 +39,7 @@ def train_together(data, output_dir, questions) -> None:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def two_ranks(data, hellaswag, tmp_path_factory) -> tuple[Path, list]:  # noqa: F811
+def two_ranks(data, hellaswag, tmp_path_factory) -> tuple[Path, list]:
     """The folder of the runs, and what each rank printed."""
     manifest, tokenizer = data
     folder = tmp_path_factory.mktemp("ranks")
@@ -57,7 +57,7 @@ def test_each_rank_steps_its_schedule_once_a_step(two_ranks):
     assert two_ranks[1] == [[list(pair) for pair in expected_one_cycle()]] * 2
 
 
-def test_muon_on_growing_batches_and_what_is_watched(two_ranks, data, hellaswag, tmp_path):  # noqa: F811
+def test_muon_on_growing_batches_and_what_is_watched(two_ranks, data, hellaswag, tmp_path):
     train_together(data, tmp_path, hellaswag)
     run = two_ranks[0] / "together"
     expected, found = load_file(tmp_path / "model.safetensors"), load_file(run / "model.safetensors")

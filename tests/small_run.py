@@ -1,0 +1,30 @@
+"""A pretraining run of a model with two layers on the shards of the fixture `data`: milliseconds a step."""
+
+import torch
+from transformers import set_seed
+
+from llmkit import GPT2Config, GPT2LMHeadModel
+from llmkit.arguments import PretrainArguments
+from llmkit.dataset import TokenWindows
+from llmkit.trainer import PretrainTrainer
+
+BLOCK = 16
+
+
+def trainer(data, output_dir, windows=TokenWindows, **arguments) -> PretrainTrainer:
+    manifest, tokenizer = data
+    defaults = {"total_batch_tokens": 8 * BLOCK, "per_device_train_batch_size": 8, "max_steps": 6, "bf16": False}
+    defaults |= {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    args = PretrainArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **arguments})
+    set_seed(args.seed)
+    config = GPT2Config(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2).for_tokenizer(tokenizer)
+    splits = [windows(manifest, split, BLOCK) for split in ("train", "validation")]
+    return PretrainTrainer(GPT2LMHeadModel(config), args, *splits, processing_class=tokenizer)
+
+
+def losses(run: PretrainTrainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def weights(run: PretrainTrainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in run.model.named_parameters()}
