@@ -25,7 +25,7 @@ from llmkit.hardware import set_up_cpu
 from llmkit.manifest import Manifest, Shard, Split
 from llmkit.tokenizer import train_character_tokenizer
 from llmkit.trainer import PretrainTrainer
-from measuring import synchronize
+from measuring import synchronize, use_threads
 
 # Sizes that the flags take their defaults from. A CPU takes minutes for a step of the second at its own batch.
 SHAPES = {
@@ -46,10 +46,16 @@ def add_shape_options(parser: argparse.ArgumentParser, preset: str, steps: int) 
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
 
 
-def complete_shape(options: argparse.Namespace) -> None:
+def parse_shape(parser: argparse.ArgumentParser, warmup_steps: int) -> argparse.Namespace:
+    """The command line, with the preset's sizes where it gives none; from here on the process keeps to `--threads`."""
+    options = parser.parse_args()
+    if options.steps <= warmup_steps:
+        parser.error(f"--steps {options.steps}: the first {warmup_steps} are not counted, so give more")
     for name, value in SHAPES[options.preset].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    use_threads(options.threads)
+    return options
 
 
 def describe(shape: argparse.Namespace) -> str:

@@ -19,8 +19,8 @@ from collections.abc import Callable
 
 from transformers import TrainerCallback
 
-from loops import add_shape_options, bare_step, batches_in_memory, complete_shape, describe, make_llmkit_trainer
-from measuring import add_options, machine, report, synchronize, take_turns, use_threads
+from loops import add_shape_options, bare_step, batches_in_memory, describe, make_llmkit_trainer, parse_shape
+from measuring import add_options, machine, report, synchronize, take_turns
 
 WARMUP_STEPS = 5
 
@@ -119,11 +119,7 @@ def main() -> None:
     add_options(parser, rounds=3)
     add_shape_options(parser, preset="tiny", steps=200)
     parser.add_argument("--profile", action="store_true", help="the parts of a step, instead of the comparison")
-    options = parser.parse_args()
-    if options.steps <= WARMUP_STEPS:
-        parser.error(f"--steps {options.steps}: the first {WARMUP_STEPS} are not counted, so give more")
-    complete_shape(options)
-    use_threads(options.threads)
+    options = parse_shape(parser, WARMUP_STEPS)
     if options.peer:
         report(profile(options) if options.profile else measure(options))
         return

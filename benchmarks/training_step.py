@@ -22,8 +22,8 @@ gradients and optimizer state, not the weights. A ratio is the median of the rou
 
 import argparse
 
-from loops import LOOPS, add_shape_options, complete_shape, describe
-from measuring import PeakMemory, add_options, machine, print_table, report, take_turns, use_threads
+from loops import LOOPS, add_shape_options, describe, parse_shape
+from measuring import PeakMemory, add_options, machine, print_table, report, take_turns
 
 WARMUP_STEPS = 2
 
@@ -43,11 +43,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=LOOPS, help="which of them (default: all that are there)")
     parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--build-nanogpt", metavar="DIR", help="a checkout of karpathy/build-nanogpt")
-    options = parser.parse_args()
-    if options.steps <= WARMUP_STEPS:
-        parser.error(f"--steps {options.steps}: the first {WARMUP_STEPS} are not counted, so give more")
-    complete_shape(options)
-    use_threads(options.threads)
+    options = parse_shape(parser, WARMUP_STEPS)
     if options.peer:
         report(measure(options))
         return

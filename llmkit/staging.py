@@ -10,12 +10,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
+from llmkit.adapters import QUANTIZATION_CONFIG
 from llmkit.errors import UserError
 from llmkit.run import Run
 
-# `llmkit.adapters.QUANTIZATION_CONFIG` is the last one; that module imports bitsandbytes.
-CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, "quantization_config.json")
-CONFIGS += ("tokenizer_config.json",)
+CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, QUANTIZATION_CONFIG, "tokenizer_config.json")
 LOCAL = ("_name_or_path", "name_or_path", "is_local", "local_files_only")  # where a model or a tokenizer came from
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*")

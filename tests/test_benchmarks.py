@@ -73,13 +73,10 @@ def test_grown_shards_are_a_manifest_that_loads(tmp_path):
 
 
 def test_trainer_and_bare_loop_take_turns():
-    from loops import complete_shape
+    from loops import SHAPES
     from trainer_overhead import WARMUP_STEPS, measure, profile
 
-    shape = argparse.Namespace(preset="tiny", steps=WARMUP_STEPS + 2, bf16=False, compile=False)
-    sizes = ("n_layer", "n_embd", "n_head", "block_size", "batch_size", "vocab_size")
-    vars(shape).update(dict.fromkeys(sizes))
-    complete_shape(shape)
+    shape = argparse.Namespace(**SHAPES["tiny"], steps=WARMUP_STEPS + 2, bf16=False, compile=False)
     measured = measure(shape)
     assert measured["Trainer"] - measured["bare loop"] == pytest.approx(measured["overhead, mean"])
     parts = profile(shape)
