@@ -8,6 +8,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/pretrain_quickstart
 
+# make bench NANOGPT=~/nanoGPT BUILD_NANOGPT=~/build-nanogpt: beside these checkouts as well
+NANOGPT_FLAG := $(if $(NANOGPT),--nanogpt $(NANOGPT))
+PEERS := $(NANOGPT_FLAG) $(if $(BUILD_NANOGPT),--build-nanogpt $(BUILD_NANOGPT))
+
 .PHONY: install demo test lint bench
 .DEFAULT_GOAL := demo
 
@@ -32,10 +36,11 @@ lint: install
 	$(BIN)/ruff format --check .
 
 bench: install
-	$(BIN)/python benchmarks/training_step.py --peers llmkit stock
-	$(BIN)/python benchmarks/training_step.py --bf16
+	$(BIN)/python benchmarks/training_step.py $(PEERS)
+	$(BIN)/python benchmarks/training_step.py --bf16 $(PEERS)
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/sft.py
 	$(BIN)/python benchmarks/data.py --rounds 2
 	$(BIN)/python benchmarks/startup.py --rounds 2
 	$(BIN)/python benchmarks/scaling.py --rounds 2
+	$(BIN)/python benchmarks/generation.py --rounds 2 $(NANOGPT_FLAG)

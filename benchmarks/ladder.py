@@ -23,7 +23,6 @@ before the model was made, which includes what torch.compile leaves behind in it
 import argparse
 import contextlib
 import dataclasses
-import platform
 import shutil
 import statistics
 import sysconfig
@@ -40,7 +39,7 @@ from matplotlib.figure import Figure
 import llmkit
 from llmkit.hardware import bf16_is_fast
 from llmkit.loss import VOCAB_MULTIPLE
-from measuring import add_options, machine, peak_resident, report, synchronize, take_turns, use_threads
+from measuring import add_options, forget_peak, machine, peak_resident, report, synchronize, take_turns, use_threads
 
 WARMUP_STEPS = 2
 # The first is of a size that a laptop takes seconds for.
@@ -156,14 +155,6 @@ def loss_of(model: torch.nn.Module, rung: Rung, ids: torch.Tensor) -> torch.Tens
         return model(input_ids=inputs, shift_labels=targets).loss
     logits = model(input_ids=inputs).logits  # (B, T, V)
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
-
-
-def forget_peak() -> None:
-    """Let the peak start anew, without what compiling took."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    elif platform.system() == "Linux":
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
 
 
 def parse() -> argparse.Namespace:

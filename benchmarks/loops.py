@@ -1,7 +1,8 @@
 """One training loop a peer, on the same random tokens: what `training_step.py` and `trainer_overhead.py` time.
 
-Each function trains `shape.steps` steps and returns when each of them ended, in seconds. Batches are in memory before
-the first step, but for llmkit's own, which come from shards through its data loader.
+Each function makes everything ready and returns another one, which trains `shape.steps` steps and returns the seconds
+of those after the warm-up. Batches are in memory before the first step, but for llmkit's own, which come from shards
+through its data loader.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from llmkit.hardware import set_up_cpu
 from llmkit.manifest import Manifest, Shard, Split
 from llmkit.tokenizer import train_character_tokenizer
 from llmkit.trainer import PretrainTrainer
-from measuring import synchronize, use_threads
+from measuring import forget_peak, synchronize, use_threads
 
 # Sizes that the flags take their defaults from. A CPU takes minutes for a step of the second at its own batch.
 SHAPES = {
@@ -34,6 +35,7 @@ SHAPES = {
     "tiny": {"n_layer": 2, "n_embd": 64, "n_head": 2, "block_size": 32, "batch_size": 2, "vocab_size": 256},
 }
 LEARNING_RATE, WEIGHT_DECAY = 6e-4, 0.1
+WARMUP_STEPS = 2
 
 
 def add_shape_options(parser: argparse.ArgumentParser, preset: str, steps: int) -> None:
@@ -46,7 +48,7 @@ def add_shape_options(parser: argparse.ArgumentParser, preset: str, steps: int) 
     parser.add_argument("--compile", action="store_true", help="torch.compile the models")
 
 
-def parse_shape(parser: argparse.ArgumentParser, warmup_steps: int) -> argparse.Namespace:
+def parse_shape(parser: argparse.ArgumentParser, warmup_steps: int = WARMUP_STEPS) -> argparse.Namespace:
     """The command line, with the preset's sizes where it gives none; from here on the process keeps to `--threads`."""
     options = parser.parse_args()
     if options.steps <= warmup_steps:
@@ -65,15 +67,24 @@ def describe(shape: argparse.Namespace) -> str:
     )
 
 
-class StepTimes(transformers.TrainerCallback):
-    """When each step ended."""
+class Clock(transformers.TrainerCallback):
+    """Seconds from the end of the warm-up to the end of the last step.
 
-    def __init__(self):
-        self.ends: list[float] = []
+    A GPU is waited for at these two moments only: what a loop does on the CPU while the GPU works costs it nothing.
+    """
 
-    def on_step_end(self, args, state, control, **kwargs):
-        synchronize()
-        self.ends.append(time.perf_counter())
+    def __init__(self, steps: int):
+        self.steps, self.done = steps, 0
+
+    def on_step_end(self, args=None, state=None, control=None, **kwargs):
+        self.done += 1
+        if self.done == WARMUP_STEPS:
+            synchronize()
+            forget_peak()
+            self.start = time.perf_counter()
+        elif self.done == self.steps:
+            synchronize()
+            self.seconds = time.perf_counter() - self.start
 
 
 # ------------------------------------------------------------------ data and models
@@ -140,37 +151,37 @@ def make_llmkit_trainer(shape: argparse.Namespace, folder: str) -> PretrainTrain
     return PretrainTrainer(model, args, windows, windows, processing_class=train_character_tokenizer(["abc"]))
 
 
-def llmkit(shape: argparse.Namespace) -> Callable[[], list[float]]:
+def llmkit(shape: argparse.Namespace) -> Callable[[], float]:
     folder = tempfile.TemporaryDirectory()
-    trainer, times = make_llmkit_trainer(shape, folder.name), StepTimes()
-    trainer.add_callback(times)
+    trainer, clock = make_llmkit_trainer(shape, folder.name), Clock(shape.steps)
+    trainer.add_callback(clock)
 
-    def train() -> list[float]:
+    def train() -> float:
         with folder:
             trainer.train()
-        return times.ends
+        return clock.seconds
 
     return train
 
 
-def stock(shape: argparse.Namespace, dropout: float = 0.0) -> Callable[[], list[float]]:
+def stock(shape: argparse.Namespace, dropout: float = 0.0) -> Callable[[], float]:
     """transformers' GPT2LMHeadModel in its Trainer."""
-    folder, times = tempfile.TemporaryDirectory(), StepTimes()
+    folder, clock = tempfile.TemporaryDirectory(), Clock(shape.steps)
     rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), dropout)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**model_sizes(shape), **rates))
     rows = [{"input_ids": ids, "labels": ids} for batch, _ in batches_in_memory(shape) for ids in batch.cpu()]
     args = transformers.TrainingArguments(**trainer_settings(shape, folder.name))
-    trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[times])
+    trainer = transformers.Trainer(model, args, train_dataset=rows, callbacks=[clock])
 
-    def train() -> list[float]:
+    def train() -> float:
         with folder:
             trainer.train()
-        return times.ends
+        return clock.seconds
 
     return train
 
 
-def bare(shape: argparse.Namespace) -> Callable[[], list[float]]:
+def bare(shape: argparse.Namespace) -> Callable[[], float]:
     """The least loop around llmkit's model, with the optimizer that its Trainer makes."""
     if not torch.cuda.is_available():
         set_up_cpu()
@@ -178,8 +189,8 @@ def bare(shape: argparse.Namespace) -> Callable[[], list[float]]:
     model = GPT2LMHeadModel(GPT2Config(**model_sizes(shape))).to(batches[0][0].device)
     step = bare_step(model, shape)
 
-    def train() -> list[float]:
-        return _ends(step(ids, targets) for ids, targets in batches)
+    def train() -> float:
+        return _seconds(step, batches)
 
     return train
 
@@ -204,7 +215,7 @@ def bare_step(model: GPT2LMHeadModel, shape: argparse.Namespace) -> Callable[[to
     return step
 
 
-def nanogpt(shape: argparse.Namespace) -> Callable[[], list[float]]:
+def nanogpt(shape: argparse.Namespace) -> Callable[[], float]:
     """nanoGPT's model, optimizer and the body of its train.py's loop, from the checkout `--nanogpt`."""
     sys.path.insert(0, shape.nanogpt)
     from model import GPT, GPTConfig
@@ -224,10 +235,10 @@ def nanogpt(shape: argparse.Namespace) -> Callable[[], list[float]]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return lambda: _ends(step(x, y) for x, y in batches)
+    return lambda: _seconds(step, batches)
 
 
-def build_nanogpt(shape: argparse.Namespace) -> Callable[[], list[float]]:
+def build_nanogpt(shape: argparse.Namespace) -> Callable[[], float]:
     """build-nanogpt's model, optimizer and the body of its training loop, from the checkout `--build-nanogpt`."""
     script = definitions(Path(shape.build_nanogpt) / "train_gpt2.py", master_process=True)
     torch.set_float32_matmul_precision("high")  # as there
@@ -247,7 +258,7 @@ def build_nanogpt(shape: argparse.Namespace) -> Callable[[], list[float]]:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return lambda: _ends(step(x, y) for x, y in batches)
+    return lambda: _seconds(step, batches)
 
 
 def definitions(path: Path, **names) -> types.ModuleType:
@@ -269,19 +280,19 @@ def autocast(shape: argparse.Namespace) -> contextlib.AbstractContextManager:
     return torch.autocast(device, torch.bfloat16) if shape.bf16 else contextlib.nullcontext()
 
 
-def _ends(steps: Iterable[None]) -> list[float]:
-    ends = []
-    for _ in steps:
-        synchronize()
-        ends.append(time.perf_counter())
-    return ends
+def _seconds(step: Callable, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    clock = Clock(len(batches))
+    for x, y in batches:
+        step(x, y)
+        clock.on_step_end()
+    return clock.seconds
 
 
 def _rounded_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-LOOPS: dict[str, Callable[[argparse.Namespace], Callable[[], list[float]]]] = {
+LOOPS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
     "llmkit": llmkit,
     "stock": stock,
     "stock, dropout 0.1": lambda shape: stock(shape, dropout=0.1),

@@ -13,6 +13,7 @@ import statistics
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import psutil
 import torch
@@ -75,6 +76,14 @@ def peak_resident(who: int = resource.RUSAGE_SELF) -> int:
     """Bytes of this process at its peak; with RUSAGE_CHILDREN, of the largest process that it has waited for."""
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(who).ru_maxrss * unit
+
+
+def forget_peak() -> None:
+    """Let the peak start anew, without what compiling took."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    elif platform.system() == "Linux":
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
 
 
 def synchronize() -> None:

@@ -1,16 +1,17 @@
 """Optimizers, schedules or any other settings of a recipe beside each other, at equal tokens, over several seeds.
 
     python benchmarks/optimizers.py --results sweep.jsonl --jobs 2 --threads 1 --seeds 0 1 2 \\
-        --setting "learning_rate=3e-3,5e-3,1e-2" \\
+        --setting "optim=adamw_torch_fused learning_rate=3e-3,5e-3,1e-2" \\
         --setting "optim=muon learning_rate=5e-3 muon_learning_rate=1e-2,2e-2"
 
 A setting is fields of the recipe; several values with commas between them are all tried, in all combinations. Each
 run is recipes/pretrain.py in a process of its own, by default the quickstart's model on the embedded corpus. What a
-run ended with is a line of the results file; a line that is there is not run again, so a sweep can be stopped, gone on
-with and extended. The table is sorted by the mean validation bits per byte.
+run ended with is a line of the results file; a line that is there is not run again while the recipe is the same, so a
+sweep can be stopped, gone on with and extended. The table is sorted by the mean validation bits per byte.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -42,6 +43,11 @@ def show(fields: dict[str, str]) -> str:
     return " ".join(f"{name}={value}" for name, value in fields.items())
 
 
+def recipe_hash(config: str) -> str:
+    """Of the recipe's text: all that a setting does not name comes from it, and it may change between two sweeps."""
+    return hashlib.sha256(Path(config).read_bytes()).hexdigest()[:8]
+
+
 def train(options: argparse.Namespace, fields: dict[str, str], seed: int, cores: set[int]) -> dict:
     """One run, on these cores alone. `bits_per_byte` is None where its loss became nan."""
     with tempfile.TemporaryDirectory() as folder:
@@ -59,7 +65,8 @@ def train(options: argparse.Namespace, fields: dict[str, str], seed: int, cores:
             capture_output=True,
             text=True,
         )
-        result = {"config": options.config, "setting": fields, "seed": seed, "bits_per_byte": None}
+        result = {"config": options.config, "recipe": recipe_hash(options.config), "setting": fields, "seed": seed}
+        result["bits_per_byte"] = None
         result["seconds"] = round(time.perf_counter() - started, 1)
         if done.returncode:
             last = done.stderr.strip().splitlines()[-1]
@@ -117,7 +124,7 @@ def main() -> None:
 
     wanted = [fields for setting in options.setting for fields in expand(setting)]
     lines = options.results.read_text().splitlines() if options.results.exists() else []
-    done = {(line["config"], show(line["setting"]), line["seed"]): line for line in map(json.loads, lines)}
+    done = {(line["recipe"], show(line["setting"]), line["seed"]): line for line in map(json.loads, lines)}
 
     def work(fields: dict[str, str], seed: int) -> dict:
         cores = free.get()
@@ -134,7 +141,7 @@ def main() -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         runs = [(fields, seed) for seed in options.seeds for fields in wanted]
-        keys = [(options.config, show(fields), seed) for fields, seed in runs]
+        keys = [(recipe_hash(options.config), show(fields), seed) for fields, seed in runs]
         started = [done.get(key) or pool.submit(work, *run) for key, run in zip(keys, runs, strict=True)]
         try:
             results = [found if isinstance(found, dict) else found.result() for found in started]

@@ -11,8 +11,8 @@ On paper, a step of N ranks with P parameters, float32 masters and bf16 autocast
 
     DDP      sends 2 (N-1)/N x 4P bytes a rank (ring all-reduce of float32 gradients);
              holds 16P bytes a rank: parameters, gradients, two moments, each float32
-    FSDP2    sends 3 (N-1)/N x 2P bytes a rank a micro-batch: all-gather of bf16 parameters for forward and again for
-             backward, reduce-scatter of bf16 gradients;
+    FSDP2    sends (N-1)/N x (2 x 2P + 4P) bytes a rank a micro-batch: all-gather of bf16 parameters for forward and
+             again for backward, reduce-scatter of float32 gradients;
              holds 16P/N bytes a rank, and one block's parameters gathered
 
 Activations come on top, alike in both. `of compute` is the time to send over the time to compute, 6P FLOPs a token at
@@ -43,7 +43,7 @@ def sent_by_ddp(parameters: int, ranks: int) -> float:
 
 def sent_by_fsdp(parameters: int, ranks: int) -> float:
     """Bytes that a rank sends in a micro-batch."""
-    return 3 * (ranks - 1) / ranks * BF16 * parameters
+    return (ranks - 1) / ranks * (2 * BF16 + FLOAT32) * parameters
 
 
 def held_by_ddp(parameters: int) -> float:

@@ -15,25 +15,24 @@
 All train random tokens at the same sizes with AdamW and clipping. The last two have no half of a checkpoint, log or
 scheduler here, only their steps, on batches that are in memory; they pad the vocabulary, as they do.
 
-Each measurement is a process of its own, and they take turns. tokens/s counts the steps after the first two; memory is
-the growth of the process's peak (on a GPU: of the allocated peak) from before the first step: activations, logits,
-gradients and optimizer state, not the weights. A ratio is the median of the rounds' ratios.
+Each measurement is a process of its own, and they take turns. tokens/s and memory are those of the steps after
+the first two. Memory is by how much the process (on a GPU: what is allocated) was larger at its peak than before the
+first step: activations, logits, gradients and optimizer state, not the weights. A ratio is the median of the rounds'
+ratios.
 """
 
 import argparse
 
-from loops import LOOPS, add_shape_options, describe, parse_shape
+from loops import LOOPS, WARMUP_STEPS, add_shape_options, describe, parse_shape
 from measuring import PeakMemory, add_options, machine, print_table, report, take_turns
-
-WARMUP_STEPS = 2
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     train = LOOPS[options.peer](options)
     memory = PeakMemory()
-    ends = train()
+    seconds = train()
     tokens = (options.steps - WARMUP_STEPS) * options.batch_size * options.block_size
-    return {"tokens/s": tokens / (ends[-1] - ends[WARMUP_STEPS - 1]), "memory MB": memory.growth() / 1e6}
+    return {"tokens/s": tokens / seconds, "memory MB": memory.growth() / 1e6}
 
 
 def main() -> None:
@@ -43,7 +42,7 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=LOOPS, help="which of them (default: all that are there)")
     parser.add_argument("--nanogpt", metavar="DIR", help="a checkout of karpathy/nanoGPT")
     parser.add_argument("--build-nanogpt", metavar="DIR", help="a checkout of karpathy/build-nanogpt")
-    options = parse_shape(parser, WARMUP_STEPS)
+    options = parse_shape(parser)
     if options.peer:
         report(measure(options))
         return

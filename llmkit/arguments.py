@@ -182,7 +182,11 @@ class PretrainArguments(ScheduleArguments, OptimizerArguments, TrainingArguments
         device_type = choose_precision(self)
         if self.torch_compile is None:
             self.torch_compile = device_type == "cuda"
+        if self.accelerator_config is None:
+            # From pinned memory: otherwise each batch waits for the GPU to finish what it has queued.
+            self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
+        use_one_gpu(self)
         batch_sizes = ("total_batch_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
         for name in (*batch_sizes, "sample_tokens"):
             if getattr(self, name) < 1:
@@ -276,6 +280,12 @@ def choose_precision(args: TrainingArguments) -> str:
     if args.use_cpu:
         set_up_cpu()
     return device_type
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Keep a process to its GPU: one that was started alone would get all of them, and Trainer its nn.DataParallel."""
+    if args.n_gpu > 1:
+        args._n_gpu = 1
 
 
 def set_up_reporting(report_to: list[str]) -> None:

@@ -135,7 +135,7 @@ class Samples(TrainerCallback):
         room = self.context - inputs["input_ids"].shape[1]
         training = model.training
         model.eval()
-        with torch.random.fork_rng(), torch.no_grad():
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(0)
             output = model.generate(
                 **inputs,

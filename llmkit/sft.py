@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from llmkit.adapters import QUANTIZATION_CONFIG
-from llmkit.arguments import choose_precision, set_up_reporting
+from llmkit.arguments import choose_precision, set_up_reporting, use_one_gpu
 from llmkit.callbacks import Samples, Throughput
 from llmkit.errors import UserError
 from llmkit.exact_trainer import ExactTrainer
@@ -49,6 +49,7 @@ class SFTArguments(ScheduleArguments, SFTConfig):
     def __post_init__(self):
         choose_precision(self)
         super().__post_init__()
+        use_one_gpu(self)
         set_up_reporting(self.report_to)
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:

@@ -1,12 +1,15 @@
 """Trainer for pretraining, extended at its seams: data loaders, the count of targets, evaluation, logging."""
 
+import dataclasses
 import json
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch._dynamo.config
 import transformers
+from accelerate.utils import FullyShardedDataParallelPlugin
 from safetensors import SafetensorError, safe_open
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
@@ -23,7 +26,7 @@ from llmkit.hellaswag import encode_hellaswag, load_hellaswag
 from llmkit.loss import IGNORE_INDEX
 from llmkit.modeling_gpt2 import GPT2LMHeadModel
 from llmkit.monitoring import HellaSwagInTraining, ParameterMonitor
-from llmkit.optimizers import MUON, create_muon
+from llmkit.optimizers import MUON, create_muon, is_fully_sharded
 from llmkit.record import JsonlLog, run_record, windows_record
 from llmkit.schedules import describe_schedule
 
@@ -87,6 +90,11 @@ class PretrainTrainer(ExactTrainer):
             callbacks=callbacks,
         )
         self.tokens_per_byte = eval_dataset.tokens_per_byte
+        if args.torch_compile:
+            # Each size of a growing batch is a graph of its own, and after 8 dynamo would go on without graphs.
+            torch._dynamo.config.recompile_limit = 8 + len(self.batches.micro_batch_sizes)
+        if is_fully_sharded(args):
+            keep_sums_in_float32(self.accelerator.state.fsdp_plugin)
         self.monitor = ParameterMonitor(model, args.monitor_steps) if args.monitor_steps else None
         if self.monitor:
             self.add_callback(self.monitor)
@@ -211,6 +219,14 @@ class PretrainTrainer(ExactTrainer):
             "machine": f"{args.world_size} x {device_name(args.device)}, {', '.join(chosen)}",
         }
         return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def keep_sums_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
+    """DDP's mixed precision: under FSDP2 accelerate would sum gradients in bfloat16, and round the loss to it."""
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )
 
 
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:

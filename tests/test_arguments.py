@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
 
-from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments
+from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments, use_one_gpu
 from llmkit.errors import UserError
 from llmkit.recipe_parser import RecipeParser
 from llmkit.tokenizer import train_character_tokenizer
+from llmkit.trainer import keep_sums_in_float32
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SHIPPED = sorted(RECIPES.glob("pretrain_*.yaml"))
@@ -160,3 +162,19 @@ def test_precision_is_chosen_from_the_machine(tmp_path):
         assert args.use_cpu and not args.torch_compile
         assert args.bf16 == torch.cpu.get_capabilities().get("amx_bf16", False)
     assert not PretrainArguments(output_dir=str(tmp_path), bf16=False).bf16
+
+
+def test_a_process_keeps_to_one_gpu_and_does_not_wait_for_copies(tmp_path):
+    args = PretrainArguments(output_dir=str(tmp_path), per_device_train_batch_size=3)
+    assert args.accelerator_config.non_blocking
+    args._n_gpu = 4  # what Trainer finds on a machine with four
+    use_one_gpu(args)
+    assert args.train_batch_size == 3
+
+
+def test_fsdp_sums_as_ddp_does():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    keep_sums_in_float32(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.config
 
 from llmkit.batch_ramp import Batches
 from llmkit.dataset import WindowBatchSampler
@@ -31,6 +32,7 @@ def test_the_tokens_are_those_of_the_full_batches(full_steps, full, start, ramp)
     micro = np.array(list(batches)).reshape(-1, 2)
     assert (micro.sum(axis=1) == sizes).all() and (abs(micro[:, 0] - micro[:, 1]) <= 1).all()
     assert batches.windows_before(batches.num_steps + 1) == full_steps * full
+    assert batches.micro_batch_sizes == set(batches)
 
 
 def test_gpt3s_ramp():
@@ -41,6 +43,12 @@ def test_gpt3s_ramp():
     # d(batch)/d(step) = batch * (full - start) / ramp: an exponential, so ramp / (full - start) * ln(full / start)
     assert ramp_steps == pytest.approx(1_953_125 / 240 * np.log(16), rel=0.01)
     assert batches.num_steps - 572_205 == pytest.approx(ramp_steps - 1_953_125 / 256, rel=0.01)
+
+
+def test_every_size_may_have_its_compiled_graph(data, tmp_path):
+    with torch._dynamo.config.patch(recompile_limit=1):
+        run = trainer(data, tmp_path, **RAMP, torch_compile=True)
+        assert torch._dynamo.config.recompile_limit > len(set(run.batches)) > 1
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])

@@ -90,7 +90,7 @@ def test_bytes_sent_and_held():
     parameters = 1_000
     assert sent_by_ddp(parameters, 1) == sent_by_fsdp(parameters, 1) == 0
     assert sent_by_ddp(parameters, 2) == 4_000  # half of the gradient to the other rank, and half of the sum
-    assert sent_by_fsdp(parameters, 2) == 3_000  # a half of 2,000 bytes, three times
+    assert sent_by_fsdp(parameters, 2) == 4_000  # a half of 2,000 bytes, twice, and of 4,000 once
     assert held_by_ddp(parameters) == 16_000
 
 
