@@ -182,7 +182,7 @@ class PretrainArguments(ScheduleArguments, OptimizerArguments, TrainingArguments
         device_type = choose_precision(self)
         if self.torch_compile is None:
             self.torch_compile = device_type == "cuda"
-        if self.accelerator_config is None:
+        if self.accelerator_config is None and device_type == "cuda":
             # From pinned memory: otherwise each batch waits for the GPU to finish what it has queued.
             self.accelerator_config = {"non_blocking": True}
         super().__post_init__()
