@@ -122,7 +122,7 @@ def print_table(results: dict[str, list[dict[str, float]]], figures: dict[str, s
     """
     first = next(iter(results))
     width = max(map(len, results)) + 2
-    print(" " * width + "".join(f"{name:>18}{'min..max':>24}{'ratio':>8}" for name in figures))
+    print(" " * width + "".join(f"{name:>18}{'min..max':>28}{'ratio':>8}" for name in figures))
     for peer, rounds in results.items():
         row = f"{peer:>{width}}"
         for name, form in figures.items():
@@ -130,7 +130,7 @@ def print_table(results: dict[str, list[dict[str, float]]], figures: dict[str, s
             pairs = zip(results[first], rounds, strict=True)
             ratio = statistics.median(reference[name] / this[name] for reference, this in pairs)
             spread = f"{min(values):{form}}..{max(values):{form}}"
-            row += f"{statistics.median(values):>18{form}}{spread:>24}{ratio:>8.2f}"
+            row += f"{statistics.median(values):>18{form}}{spread:>28}{ratio:>8.2f}"
         print(row)
     if len(results) > 1:
         print(f"ratio: {first} / this row, the median of the rounds'", flush=True)
