@@ -1,7 +1,7 @@
 # make demo    train a small GPT-2 on this machine, some minutes on 2 CPU cores
 # make test    run the tests
 # make lint    check style
-# make bench   measure training, fine-tuning and data beside what else there is: 15 minutes on 2 CPU cores
+# make bench   measure training, fine-tuning and data beside what else there is: 20 minutes on 2 CPU cores
 # make install only set up .venv, which the others do as well
 
 PYTHON ?= python3
