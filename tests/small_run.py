@@ -1,4 +1,6 @@
-"""A pretraining run of a model with two layers on the shards of the fixture `data`: milliseconds a step."""
+"""Runs for tests: a model with two layers on the shards of the fixture `data`, milliseconds a step; a launcher."""
+
+import sys
 
 import torch
 from transformers import set_seed
@@ -28,3 +30,8 @@ def losses(run: PretrainTrainer) -> list[float]:
 
 def weights(run: PretrainTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.model.named_parameters()}
+
+
+def accelerate_launch(config: str) -> list[str]:
+    """`accelerate launch` with a shipped configuration, from the repository's root, before a script."""
+    return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]

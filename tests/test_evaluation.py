@@ -19,6 +19,7 @@ from llmkit import cli
 from llmkit.corpus import open_corpus
 from llmkit.evaluation import TextWindows, evaluate_windows
 from llmkit.run import load_run
+from small_run import accelerate_launch
 
 ROOT = Path(__file__).parents[1]
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 300, "total_batch_tokens": 256}
@@ -174,8 +175,7 @@ def test_two_ranks_give_the_numbers_of_one(run, questions, tmp_path, capsys):
     data = ["--hellaswag", questions, "--data_dir", load_run(run).record["data"]["directory"], "--batch_size", 4]
     data += ["--precision", "float32", "--output"]
     one = evaluate(capsys, run, *data, tmp_path / "one.jsonl")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/multi_cpu.yaml"]
-    launch += ["--main_process_port", "0", "-m", "llmkit"]
+    launch = [*accelerate_launch("multi_cpu"), "--main_process_port", "0", "-m", "llmkit"]
     command = [*launch, "eval", run, *data, tmp_path / "two.jsonl", "--json"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -15,6 +15,7 @@ from huggingface_hub import close_session, constants
 from hub_server import DROP, READER, SILENT, WRITER, Failure, Hub, running_hub
 from llmkit.adapters import QUANTIZATION_CONFIG
 from llmkit.cli import main as llmkit
+from small_run import accelerate_launch
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "64", "--vocab_size", "300"]
@@ -379,16 +380,9 @@ def test_what_could_not_be_pushed_is_not_trained(
 def test_two_ranks_end_with_their_result_where_the_hub_fails(hub, texts, pretrained, tmp_path):
     """Pushes fail in training, which goes on, and at the end: the run is whole, the line says how to push it."""
     hub.failures.append(Failure("POST", "/commit", 403))
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/multi_cpu.yaml",
-    ]
     arguments = [*pretraining(texts, tmp_path / "run"), "--total_batch_tokens", "1024", "--push_to_hub", "true"]
     done = subprocess.run(
-        [*command, "recipes/pretrain.py", *map(str, arguments), "--hub_private_repo", "true"],
+        [*accelerate_launch("multi_cpu"), "recipes/pretrain.py", *map(str, arguments), "--hub_private_repo", "true"],
         cwd=ROOT,
         env=environment(hub, tmp_path / "home"),
         capture_output=True,

@@ -19,6 +19,7 @@ from llmkit.cli import main as llmkit
 from llmkit.errors import UserError
 from llmkit.lr_finder import Step, has_diverged, pretraining_test, smooth, suggest
 from llmkit.tokenizer import train_bpe_tokenizer
+from small_run import accelerate_launch
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
@@ -99,14 +100,8 @@ def test_files(found):
 
 
 def test_two_ranks_find_what_one_does(found, work):
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        "accelerate_configs/multi_cpu.yaml",
-    ]
-    command += ["--main_process_port", "29617", "-m", "llmkit", "lr-find", "--config", work / "pretrain_sums.yaml"]
+    command = [*accelerate_launch("multi_cpu"), "--main_process_port", "29617", "-m", "llmkit", "lr-find"]
+    command += ["--config", work / "pretrain_sums.yaml"]
     command += [*FIND, "--output", work / "two"]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from small_run import accelerate_launch
+
 ROOT = Path(__file__).parents[1]
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
 TINY += ["--total_batch_tokens", "512", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4"]
@@ -26,8 +28,7 @@ def texts(tmp_path_factory) -> Path:
 
 
 def command(config: str, *arguments: object, launcher: tuple = ()) -> list[str]:
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
-    return [*launch, *launcher, "recipes/pretrain.py", *map(str, arguments)]
+    return [*accelerate_launch(config), *launcher, "recipes/pretrain.py", *map(str, arguments)]
 
 
 def launch(config: str, *arguments: object, launcher: tuple = ()) -> subprocess.CompletedProcess:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, pipeline, set_seed
 
 from llmkit.tokenizer import train_bpe_tokenizer
+from small_run import accelerate_launch
 
 ROOT = Path(__file__).parents[1]
 ANSWERS = {
@@ -58,8 +59,7 @@ def work(tmp_path_factory) -> Path:
 
 
 def run(work: Path, output: Path, *more: object, config: str = "cpu") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "accelerate.commands.launch"]
-    command += ["--config_file", f"accelerate_configs/{config}.yaml", "recipes/sft_qlora.py"]
+    command = [*accelerate_launch(config), "recipes/sft_qlora.py"]
     command += ["--config", "recipes/sft_qlora_quickstart.yaml", "--model", work / "base", "--output_dir", output]
     command += ["--data_files", work / "chats.jsonl", *TRAINING, *more]
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
