@@ -29,10 +29,10 @@ from tiktoken_ext.openai_public import r50k_pat_str
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from llmkit.corpus import Corpus
-from llmkit.sample_data import stdlib_sources
-from llmkit.shards import prepare_shards
-from llmkit.tokenizer import load_tokenizer, train_bpe_tokenizer
+from llmkit.data.corpus import Corpus
+from llmkit.data.sample_data import stdlib_sources
+from llmkit.data.shards import prepare_shards
+from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer
 from loops import SHAPES, make_llmkit_trainer
 from measuring import add_options, machine, print_table, report, take_turns, use_threads
 

@@ -25,12 +25,12 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from llmkit import GPT2Config, GPT2LMHeadModel
-from llmkit.dataset import TokenWindows
+from llmkit.data.manifest import load_manifest
+from llmkit.data.tokenizer import load_tokenizer
+from llmkit.data.windows import TokenWindows
 from llmkit.errors import exit_on_user_error
-from llmkit.generation import load_model
-from llmkit.hardware import device_name
-from llmkit.manifest import load_manifest
-from llmkit.tokenizer import load_tokenizer
+from llmkit.inference.generation import load_model
+from llmkit.machine import device_name
 
 REFERENCE = "stock float32"
 

@@ -37,8 +37,8 @@ import transformers
 from matplotlib.figure import Figure
 
 import llmkit
-from llmkit.hardware import bf16_is_fast
-from llmkit.loss import VOCAB_MULTIPLE
+from llmkit.machine import bf16_is_fast
+from llmkit.model.loss import VOCAB_MULTIPLE
 from measuring import add_options, forget_peak, machine, peak_resident, report, synchronize, take_turns, use_threads
 
 WARMUP_STEPS = 2

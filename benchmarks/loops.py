@@ -20,12 +20,12 @@ import torch
 import transformers
 
 from llmkit import GPT2Config, GPT2LMHeadModel
-from llmkit.arguments import PretrainArguments
-from llmkit.dataset import TokenWindows
-from llmkit.hardware import set_up_cpu
-from llmkit.manifest import Manifest, Shard, Split
-from llmkit.tokenizer import train_character_tokenizer
-from llmkit.trainer import PretrainTrainer
+from llmkit.data.manifest import Manifest, Shard, Split
+from llmkit.data.tokenizer import train_character_tokenizer
+from llmkit.data.windows import TokenWindows
+from llmkit.machine import set_up_cpu
+from llmkit.training.arguments import PretrainArguments
+from llmkit.training.pretrain_trainer import PretrainTrainer
 from measuring import forget_peak, synchronize, use_threads
 
 # Sizes that the flags take their defaults from. A CPU takes minutes for a step of the second at its own batch.

@@ -24,7 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from queue import Queue
 
-from llmkit.run import load_run
+from llmkit.runs.run import load_run
 
 ROOT = Path(__file__).parents[1]
 PINNED = sys.platform == "linux"  # elsewhere runs at a time share all cores

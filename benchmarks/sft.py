@@ -26,10 +26,10 @@ import yaml
 from transformers import PhiConfig, PhiForCausalLM, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from llmkit.adapters import AdapterArguments, load_chat_tokenizer
-from llmkit.conversations import ConversationArguments, encode_all, load_conversations
-from llmkit.hardware import bf16_is_fast
-from llmkit.tokenizer import train_bpe_tokenizer
+from llmkit.data.tokenizer import train_bpe_tokenizer
+from llmkit.finetuning.adapters import AdapterArguments, load_chat_tokenizer
+from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
+from llmkit.machine import bf16_is_fast
 from measuring import PeakMemory, add_options, machine, print_table, report, synchronize, take_turns, use_threads
 
 WARMUP_STEPS = 2

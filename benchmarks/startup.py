@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from llmkit.manifest import MANIFEST
+from llmkit.data.manifest import MANIFEST
 from measuring import add_options, machine, print_table, report, take_turns, use_threads
 
 ROOT = Path(__file__).parents[1]

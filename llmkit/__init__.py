@@ -12,11 +12,11 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 def __getattr__(name):
     # Loaded on demand: `llmkit --help` need not wait for torch.
     if name == "GPT2Config":
-        from llmkit.configuration_gpt2 import GPT2Config
+        from llmkit.model.configuration_gpt2 import GPT2Config
 
         return GPT2Config
     if name == "GPT2LMHeadModel":
-        from llmkit.modeling_gpt2 import GPT2LMHeadModel
+        from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 
         return GPT2LMHeadModel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

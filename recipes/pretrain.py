@@ -10,13 +10,16 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
-from llmkit.arguments import REPLACES, DataArguments, ModelArguments, PretrainArguments
-from llmkit.dataset import TokenWindows
+from llmkit.data.arguments import DataArguments
+from llmkit.data.prepare import prepare_pretraining_data
+from llmkit.data.windows import TokenWindows
 from llmkit.errors import exit_on_user_error
-from llmkit.hub import check_push
-from llmkit.pretraining_data import prepare_pretraining_data
+from llmkit.model.arguments import REPLACES, ModelArguments
 from llmkit.recipe_parser import RecipeParser
-from llmkit.trainer import PretrainTrainer, checkpoint_to_resume
+from llmkit.sharing.hub import check_push
+from llmkit.training.arguments import PretrainArguments
+from llmkit.training.checkpoints import checkpoint_to_resume
+from llmkit.training.pretrain_trainer import PretrainTrainer
 
 
 @exit_on_user_error

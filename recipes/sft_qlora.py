@@ -12,7 +12,8 @@ from pathlib import Path
 import datasets
 from transformers.utils.logging import disable_progress_bar
 
-from llmkit.adapters import (
+from llmkit.errors import exit_on_user_error
+from llmkit.finetuning.adapters import (
     AdapterArguments,
     check_run,
     dtype_ledger,
@@ -20,13 +21,12 @@ from llmkit.adapters import (
     load_base_model,
     load_chat_tokenizer,
 )
-from llmkit.audit import audit, show_tokens
-from llmkit.conversations import ConversationArguments, encode_all, load_conversations
-from llmkit.errors import exit_on_user_error
-from llmkit.hub import check_push
+from llmkit.finetuning.audit import audit, show_tokens
+from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
+from llmkit.finetuning.sft_trainer import ConversationTrainer, SFTArguments
 from llmkit.recipe_parser import RecipeParser
-from llmkit.sft import ConversationTrainer, SFTArguments
-from llmkit.trainer import checkpoint_to_resume
+from llmkit.sharing.hub import check_push
+from llmkit.training.checkpoints import checkpoint_to_resume
 
 
 @exit_on_user_error

@@ -32,9 +32,9 @@ def tiny_config() -> dict:
 @pytest.fixture(scope="session")
 def data(tmp_path_factory) -> tuple:
     """Shards of some text with enough documents for a split, and their tokenizer: (Manifest, tokenizer)."""
-    from llmkit.corpus import open_corpus
-    from llmkit.shards import prepare_shards
-    from llmkit.tokenizer import train_bpe_tokenizer
+    from llmkit.data.corpus import open_corpus
+    from llmkit.data.shards import prepare_shards
+    from llmkit.data.tokenizer import train_bpe_tokenizer
 
     folder = tmp_path_factory.mktemp("data")
     for number in range(40):

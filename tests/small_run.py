@@ -6,9 +6,9 @@ import torch
 from transformers import set_seed
 
 from llmkit import GPT2Config, GPT2LMHeadModel
-from llmkit.arguments import PretrainArguments
-from llmkit.dataset import TokenWindows
-from llmkit.trainer import PretrainTrainer
+from llmkit.data.windows import TokenWindows
+from llmkit.training.arguments import PretrainArguments
+from llmkit.training.pretrain_trainer import PretrainTrainer
 
 BLOCK = 16
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmkit.manifest import load_manifest
-from llmkit.tokenizer import train_bpe_tokenizer
+from llmkit.data.manifest import load_manifest
+from llmkit.data.tokenizer import train_bpe_tokenizer
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from llmkit import GPT2Config, GPT2LMHeadModel
-from llmkit.sample_data import docstring_conversations
-from llmkit.tokenizer import train_bpe_tokenizer
+from llmkit.data.sample_data import docstring_conversations
+from llmkit.data.tokenizer import train_bpe_tokenizer
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[1]

@@ -75,7 +75,7 @@ def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _open_corpus(args: argparse.Namespace):
-    from llmkit.corpus import open_corpus
+    from llmkit.data.corpus import open_corpus
 
     return open_corpus(
         text_files=args.text_files,
@@ -99,7 +99,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from llmkit.tokenizer import document_encoder, split_document, train_bpe_tokenizer, train_character_tokenizer
+    from llmkit.data.tokenizer import document_encoder, split_document, train_bpe_tokenizer, train_character_tokenizer
 
     start = time.perf_counter()
     documents = itertools.islice(corpus.documents(), args.max_documents)
@@ -129,9 +129,9 @@ def _show_tokens(args: argparse.Namespace) -> None:
         raise UserError(f"html={args.html}: its folder does not exist: make it, or choose another file")
     text = _read_text(args.text)
 
-    from llmkit.pretraining_data import TOKENIZER
-    from llmkit.token_view import as_page, facts_table, in_terminal, segment, with_ids
-    from llmkit.tokenizer import load_tokenizer
+    from llmkit.data.prepare import TOKENIZER
+    from llmkit.data.token_view import as_page, facts_table, in_terminal, segment, with_ids
+    from llmkit.data.tokenizer import load_tokenizer
 
     segmentations = []
     for name in filter(None, (args.tokenizer, args.compare)):
@@ -168,8 +168,8 @@ def _read_text(source: str) -> str:
 
 
 def _prepare_shards(args: argparse.Namespace) -> None:
-    from llmkit.arguments import DataArguments
-    from llmkit.pretraining_data import prepare_pretraining_data
+    from llmkit.data.arguments import DataArguments
+    from llmkit.data.prepare import prepare_pretraining_data
 
     how = {name: getattr(args, name) for name in ("shard_tokens", "num_workers") if getattr(args, name) is not None}
     fields = {

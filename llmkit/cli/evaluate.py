@@ -55,10 +55,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     from accelerate.utils import parse_flag_from_env
     from transformers.utils.logging import disable_progress_bar
 
-    from llmkit.corpus import open_corpus
-    from llmkit.hardware import bf16_is_fast, set_up_cpu
-    from llmkit.hellaswag import load_hellaswag
-    from llmkit.tokenizer import load_tokenizer
+    from llmkit.data.corpus import open_corpus
+    from llmkit.data.tokenizer import load_tokenizer
+    from llmkit.evaluation.hellaswag import load_hellaswag
+    from llmkit.machine import bf16_is_fast, set_up_cpu
 
     # What can be refused is refused before the first checkpoint is computed, of all of them.
     for name in args.checkpoints:
@@ -107,9 +107,9 @@ def _check(args: argparse.Namespace) -> None:
 def _shards(checkpoint: str, data_dir: str | None):
     """The manifest of the shards in a folder, or of those that the checkpoint's run was trained with; and the size of
     that run's windows."""
-    from llmkit.manifest import load_manifest
-    from llmkit.run import load_run
-    from llmkit.tokenizer import load_tokenizer
+    from llmkit.data.manifest import load_manifest
+    from llmkit.data.tokenizer import load_tokenizer
+    from llmkit.runs.run import load_run
 
     record = {}
     with suppress(UserError):  # a checkpoint from elsewhere has no run
@@ -132,10 +132,10 @@ def _shards(checkpoint: str, data_dir: str | None):
 
 def _evaluate_one(name: str, source, rows: list[dict] | None, args: argparse.Namespace, accelerator):
     """The figures of one checkpoint, and its answers to HellaSwag."""
-    from llmkit.dataset import TokenWindows
-    from llmkit.evaluation import TextWindows, evaluate_windows
-    from llmkit.generation import context_length, load_for_generation
-    from llmkit.hellaswag import accuracies, encode_hellaswag, ending_losses, results
+    from llmkit.data.windows import TokenWindows
+    from llmkit.evaluation.held_out import TextWindows, evaluate_windows
+    from llmkit.evaluation.hellaswag import accuracies, encode_hellaswag, ending_losses, results
+    from llmkit.inference.generation import context_length, load_for_generation
 
     model, tokenizer = load_for_generation(name)
     if model.device.type != accelerator.device.type:

@@ -22,11 +22,11 @@ def add_commands(nouns) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from llmkit.adapters import AdapterArguments, load_chat_tokenizer
-    from llmkit.audit import audit, show_tokens
-    from llmkit.conversations import ConversationArguments, encode_all, load_conversations
+    from llmkit.finetuning.adapters import AdapterArguments, load_chat_tokenizer
+    from llmkit.finetuning.audit import audit, show_tokens
+    from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
+    from llmkit.finetuning.sft_trainer import SFTArguments
     from llmkit.recipe_parser import RecipeParser
-    from llmkit.sft import SFTArguments
 
     parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)
     data_args, adapter_args, training_args = parser.parse(args.fields)
@@ -41,7 +41,7 @@ def _audit(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     import torch
 
-    from llmkit.merge import merge_adapter
+    from llmkit.finetuning.merge import merge_adapter
 
     print(merge_adapter(args.adapter, args.output, getattr(torch, args.dtype), args.base).table())
     print(f"saved {args.output}")

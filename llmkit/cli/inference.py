@@ -48,7 +48,7 @@ def _load(args: argparse.Namespace):
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from llmkit.generation import Sampling, load_for_generation
+    from llmkit.inference.generation import Sampling, load_for_generation
 
     names = [field.name for field in dataclasses.fields(Sampling) if field.name in args]
     sampling = Sampling(**{name: getattr(args, name) for name in names})
@@ -71,7 +71,7 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompts]
     model, tokenizer, sampling = _load(args)
 
-    from llmkit.generation import continue_prompts
+    from llmkit.inference.generation import continue_prompts
 
     single = len(prompts) * args.num_samples == 1
     start = time.perf_counter()
@@ -91,8 +91,8 @@ def _generate(args: argparse.Namespace) -> None:
 def _chat(args: argparse.Namespace) -> None:
     model, tokenizer, sampling = _load(args)
 
-    from llmkit.chat import Chat
-    from llmkit.generation import context_length
+    from llmkit.inference.chat import Chat
+    from llmkit.inference.generation import context_length
 
     chat = Chat(model, tokenizer, sampling)
     interactive = sys.stdin.isatty()

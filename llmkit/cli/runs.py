@@ -14,6 +14,6 @@ def add_commands(nouns) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
-    from llmkit.report import write_report
+    from llmkit.runs.report import write_report
 
     print(f"wrote {write_report(args.runs, args.output)}")

@@ -19,7 +19,7 @@ def add_commands(nouns) -> None:
 def _push(args: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
-    from llmkit.hub import Repository, patiently, push
+    from llmkit.sharing.hub import Repository, patiently, push
 
     disable_progress_bar()
     repository = Repository(args.repository, args.private, args.revision, license=args.license, base=args.base)

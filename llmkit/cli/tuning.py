@@ -63,8 +63,8 @@ def _lr_find(args: argparse.Namespace) -> None:
     import datasets
     from transformers.utils.logging import disable_progress_bar
 
-    from llmkit.lr_finder import TESTS, draw, half_width, suggest, write_csv
-    from llmkit.optimizers import MUON
+    from llmkit.training.lr_finder import TESTS, draw, half_width, suggest, write_csv
+    from llmkit.training.optimizers import MUON
 
     disable_progress_bar()
     datasets.disable_progress_bars()

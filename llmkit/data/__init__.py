@@ -1,0 +1,1 @@
+"""Text to tokens to training windows: nothing here knows a model or a trainer."""

@@ -1,0 +1,140 @@
+"""The format of token shards: what a folder of them holds, and how to find out.
+
+A folder holds `train_00000.bin`, ..., `validation_00000.bin`, ..., plain arrays of little-endian `uint16` (`uint32`
+for vocabularies over 65,536), and `manifest.json`, which is written last: a folder without it is not a dataset. Every
+document is followed by `<|endoftext|>`. (build-nanogpt puts it before. In a flat stream the two differ by one token
+at each end; after, the last document is closed like all others, and "finished" is what the token says.)
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from llmkit.data.tokenizer import tokenizer_fingerprint
+from llmkit.errors import UserError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "validation")
+MANIFEST, JOURNAL = "manifest.json", "journal.json"  # the journal is there while shards are being written
+
+
+@dataclass
+class Shard:
+    """One file of tokens: what it holds, and its checksum."""
+
+    name: str
+    tokens: int = 0
+    documents: int = 0
+    bytes: int = 0
+    unknown_tokens: int = 0
+    xxh3_64: str = ""
+
+    def check_file(self, directory: Path, dtype: np.dtype) -> None:
+        """Raise UserError if the file is missing or has another size; its contents are not read."""
+        path, expected = directory / self.name, self.tokens * dtype.itemsize
+        size = path.stat().st_size if path.exists() else None
+        if size != expected:
+            found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
+            raise UserError(f"{path} {found}: delete the folder and prepare the shards again")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split in order, and their sums.
+
+    `bytes` are those of the UTF-8 text, so that bits_per_byte = loss * tokens / (ln 2 * bytes).
+    """
+
+    tokens: int
+    documents: int
+    bytes: int
+    unknown_tokens: int
+    shards: list[Shard]
+
+    @classmethod
+    def of(cls, shards: list[Shard]) -> "Split":
+        """The split that has these shards."""
+        counts = ("tokens", "documents", "bytes", "unknown_tokens")
+        return cls(**{count: sum(getattr(shard, count) for shard in shards) for count in counts}, shards=shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder of finished shards holds and what it was made from."""
+
+    directory: Path
+    dtype: str
+    vocab_size: int
+    eos_token_id: int
+    corpus: str
+    settings: dict[str, int | float | str]
+    splits: dict[str, Split]
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the tokens, their order and what they mean; a copy of the folder has the same one."""
+        checksums = {name: [shard.xxh3_64 for shard in split.shards] for name, split in self.splits.items()}
+        parts = [self.settings["corpus"], self.settings["tokenizer"], checksums]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def save(self) -> None:
+        """Write `manifest.json`, which makes the folder a dataset."""
+        fields = asdict(self)
+        del fields["directory"]  # so that folders can be moved
+        write_json(self.directory / MANIFEST, fields)
+
+
+def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Manifest:
+    """Read the manifest of a folder of shards; the files' sizes are checked, their contents are not read.
+
+    Args:
+        tokenizer: if given, it has to be the one that the shards were made with.
+
+    Raises:
+        UserError: no finished shards there, a missing or truncated shard, another tokenizer.
+    """
+    directory = Path(shard_dir)
+    path = directory / MANIFEST
+    if not path.exists():
+        unfinished = "its preparation did not finish: run it again" if (directory / JOURNAL).exists() else "no shards"
+        raise UserError(f"{directory}: {unfinished} ({MANIFEST} is missing)")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        splits = {
+            name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+            for name, split in fields.pop("splits").items()
+        }
+        manifest = Manifest(directory=directory, splits=splits, **fields)
+        version = manifest.settings["format_version"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path}: not a manifest of token shards ({error}): choose another folder") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, this llmkit reads {FORMAT_VERSION}: prepare the shards again"
+        )
+    for split in splits.values():
+        for shard in split.shards:
+            shard.check_file(directory, np.dtype(manifest.dtype))
+    if tokenizer is not None:
+        made_with, given = manifest.settings["tokenizer"], tokenizer_fingerprint(tokenizer)
+        if made_with != given:
+            raise UserError(
+                f"{directory}: its shards were made with another tokenizer (fingerprint {made_with}, not {given}): "
+                "use that tokenizer, or prepare shards with this one in another folder"
+            )
+    return manifest
+
+
+def write_json(path: Path, fields: dict) -> None:
+    """Write a file in one step: it is there whole or not at all, after a power cut too."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(fields, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,141 @@
+"""The tokenizer and the token shards of a pretraining run, made on the first run and found on the next."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from transformers import PreTrainedTokenizerBase
+
+from llmkit.data.arguments import DataArguments
+from llmkit.data.corpus import Corpus, open_corpus
+from llmkit.data.manifest import MANIFEST, Manifest, load_manifest, write_json
+from llmkit.data.shards import prepare_shards
+from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer, train_character_tokenizer
+from llmkit.errors import UserError
+
+# A vocabulary of 50k is settled by a few hundred megabytes; more text costs time and changes little.
+TOKENIZER_TRAINING_CHARACTERS = 300_000_000
+
+SOURCE, TOKENIZER = "source.json", "tokenizer"
+
+
+def prepare_pretraining_data(args: DataArguments, **how: int | None) -> tuple[PreTrainedTokenizerBase, Manifest]:
+    """Train or load the tokenizer, and tokenize the corpus, where that is not done yet.
+
+    Safe to call from several ranks or runs at once: a lock in the folder lets one work, and the others wait for it.
+
+    Args:
+        how: `prepare_shards`' `shard_tokens` and `num_workers`.
+
+    Raises:
+        UserError: what `open_corpus`, `load_tokenizer` and `prepare_shards` refuse; or `data_dir` was made otherwise.
+    """
+    on_hub = args.dataset_name is not None and not Path(args.dataset_name).is_dir()
+    if args.data_dir and on_hub and (Path(args.data_dir) / MANIFEST).exists():
+        # Prepared earlier, on a machine with a network perhaps: the dataset itself is not needed any more.
+        directory = Path(args.data_dir)
+        _check_source(directory, args)
+        tokenizer = load_tokenizer(str(directory / TOKENIZER) if _is_trained(args) else args.tokenizer)
+        return tokenizer, load_manifest(directory, tokenizer)
+    corpus = open_corpus(
+        args.text_files,
+        args.dataset_name,
+        args.dataset_config,
+        args.dataset_split,
+        args.text_column,
+        args.streaming,
+    )
+    tokenizer = None if _is_trained(args) else load_tokenizer(args.tokenizer)
+    directory = Path(args.data_dir or default_data_dir(args, corpus))
+    with _new_or_removed(directory):
+        trained = _write_source_once(args, corpus, directory)
+        manifest = prepare_shards(
+            corpus,
+            tokenizer or trained,
+            directory,
+            validation_fraction=args.validation_fraction,
+            validation_split=args.validation_split,
+            **how,
+        )
+    return tokenizer or trained, manifest
+
+
+def _is_trained(args: DataArguments) -> bool:
+    return args.tokenizer in ("bpe", "character")
+
+
+@contextmanager
+def _new_or_removed(directory: Path) -> Iterator[None]:
+    """Remove a folder that was made for a preparation which was refused before its first tokens."""
+    is_new = not directory.exists()
+    try:
+        yield
+    except UserError:
+        if is_new and not list(directory.glob("*.bin*")):
+            shutil.rmtree(directory, ignore_errors=True)
+        raise
+
+
+def default_data_dir(args: DataArguments, corpus: Corpus) -> str:
+    """A folder name that differs where the tokens would: `data/stdlib-bpe4096-1b9d6bcd`."""
+    vocabulary = f"bpe{args.vocab_size}" if args.tokenizer == "bpe" else Path(args.tokenizer).name
+    source = "stdlib"
+    if args.text_files or args.dataset_name:
+        source = Path(args.dataset_name or args.text_files[0]).stem.replace("*", "") or "text"
+    decisive = [corpus.fingerprint(), args.tokenizer, vocabulary, args.validation_fraction, args.validation_split]
+    digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]
+    return f"data/{source}-{vocabulary}-{digest}"
+
+
+def _source(args: DataArguments) -> dict:
+    """What a folder is made from, but for the text itself, which the shards' manifest knows by its hash."""
+    names = ("dataset_name", "dataset_config", "dataset_split", "text_column", "tokenizer")
+    names += ("validation_fraction", "validation_split")
+    return {name: getattr(args, name) for name in names} | (
+        {"vocab_size": args.vocab_size} if args.tokenizer == "bpe" else {}
+    )
+
+
+def _check_source(directory: Path, args: DataArguments) -> None:
+    was = json.loads((directory / SOURCE).read_text())
+    for name, value in _source(args).items():
+        if was.get(name) != value:
+            raise UserError(
+                f"{directory} was made with {name}={was.get(name)}, not {value}: take another data_dir, or delete it"
+            )
+
+
+def _write_source_once(args: DataArguments, corpus: Corpus, directory: Path) -> PreTrainedTokenizerBase | None:
+    """Note what the folder is made from, or check it where that is done; train the tokenizer if one is to be."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory / ".source.lock"):
+        if (directory / SOURCE).exists():
+            _check_source(directory, args)
+        else:
+            if _is_trained(args):
+                _train_tokenizer(args, corpus, directory / TOKENIZER)
+            write_json(directory / SOURCE, _source(args))
+    return load_tokenizer(str(directory / TOKENIZER)) if _is_trained(args) else None
+
+
+def _train_tokenizer(args: DataArguments, corpus: Corpus, directory: Path) -> None:
+    text = _first_characters(corpus.documents(), TOKENIZER_TRAINING_CHARACTERS)
+    if args.tokenizer == "bpe":
+        tokenizer = train_bpe_tokenizer(text, args.vocab_size)
+    else:
+        tokenizer = train_character_tokenizer(text)
+    tokenizer.save_pretrained(directory)
+    print(f"trained a {args.tokenizer} tokenizer of {len(tokenizer):,} tokens on {corpus.description}")
+
+
+def _first_characters(documents: Iterator[str], limit: int) -> Iterator[str]:
+    seen = 0
+    for document in documents:
+        if seen >= limit:
+            return
+        seen += len(document)
+        yield document

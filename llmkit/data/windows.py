@@ -1,0 +1,169 @@
+"""Training data from token shards: fixed-length windows, in an order that is a function of seed and step alone.
+
+`TokenWindows` sees the shards of a split as one stream and cuts it into windows of `block_size` targets.
+`WindowBatchSampler` draws them in seeded permutations. accelerate gives rank r of W the batches r, r + W, ..., so the
+windows of an optimizer step are the same at any world size, and resuming at a step needs no replay of data.
+"""
+
+import bisect
+import copy
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from llmkit.data.manifest import Manifest, load_manifest
+from llmkit.errors import UserError
+
+IGNORED = -100  # the label that losses leave out
+
+
+class TokenWindows(Dataset):
+    """The windows of one split: window i covers tokens [i*T, i*T + T], where T is the block size.
+
+    Its first T tokens are the inputs, its last T the targets. Neighbours share one token, so in an epoch each token
+    but the first is a target once. The training split has whole windows only, and leaves out up to T - 1 tokens at
+    its end. The validation split keeps its last window, filled up with `<|endoftext|>` and ignored labels, so that
+    every token counts.
+
+    The files are memory-mapped when they are first read, in each process for itself: opening costs the same at any
+    size, and copies for DataLoader workers are small.
+
+    Args:
+        shards: a folder of shards, or its manifest.
+        split: "train" or "validation".
+        block_size: T.
+
+    Raises:
+        UserError: no finished shards there, or a split that is too short for one window.
+    """
+
+    def __init__(self, shards: Manifest | str | Path, split: str, block_size: int):
+        manifest = shards if isinstance(shards, Manifest) else load_manifest(shards)
+        self.manifest = manifest
+        tokens = manifest.splits[split]
+        self.block_size = block_size
+        self.num_tokens = tokens.tokens
+        self.num_bytes = tokens.bytes
+        self.pad_id = manifest.eos_token_id
+        self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
+        self.files = [manifest.directory / shard.name for shard in tokens.shards]
+        # starts[i] is the position of shard i's first token in the stream; the last entry is the stream's length.
+        self.starts = [0, *itertools.accumulate(shard.tokens for shard in tokens.shards)]
+        self.num_windows = (self.num_tokens - 1) // block_size
+        if split == "validation":
+            self.num_windows = -(-(self.num_tokens - 1) // block_size)
+        if self.num_windows < 1:
+            raise UserError(
+                f"{manifest.directory}: the {split} split has {self.num_tokens:,} tokens, one window of block_size "
+                f"{block_size:,} takes {block_size + 1:,}: give more text or a smaller block_size"
+            )
+        self._arrays: dict[int, np.ndarray] = {}
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Turns a mean loss per token into bits per byte: loss * tokens_per_byte / ln 2."""
+        return self.num_tokens / self.num_bytes
+
+    def padded_to_multiple_of(self, multiple: int) -> "TokenWindows":
+        """The same windows, and as many after them, with every label ignored, as make `len` a multiple.
+
+        With a multiple of (batch size x ranks) each rank evaluates equally many batches and no window twice. A batch
+        may then have no target at all: sum losses and targets, do not average batches.
+        """
+        padded = copy.copy(self)
+        padded.num_windows = -(-self.num_windows // multiple) * multiple
+        return padded
+
+    def __len__(self) -> int:
+        return self.num_windows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """`input_ids` and `shift_labels`, both (T,) and int64."""
+        return {name: batch[0] for name, batch in self.__getitems__([index]).items()}
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+        """A whole batch at once, which is what a DataLoader asks for: `input_ids`, `shift_labels`, both (B, T)."""
+        size = self.block_size
+        rows = np.full((len(indices), size + 1), self.pad_id, dtype=self.dtype)
+        short: list[tuple[int, int]] = []
+        for row, index in enumerate(indices):
+            if not 0 <= index < self.num_windows:
+                raise IndexError(f"window {index} of {self.num_windows}")
+            window = self._read(index * size, index * size + size + 1)
+            rows[row, : len(window)] = window
+            if len(window) <= size:
+                short.append((row, max(0, len(window) - 1)))
+        shift_labels = rows[:, 1:].astype(np.int64)
+        for row, num_targets in short:
+            shift_labels[row, num_targets:] = IGNORED
+        input_ids = torch.from_numpy(rows[:, :-1].astype(np.int64))
+        return {"input_ids": input_ids, "shift_labels": torch.from_numpy(shift_labels)}
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream, or as many of them as there are."""
+        stop = min(stop, self.num_tokens)
+        parts = []
+        while start < stop:
+            shard = bisect.bisect_right(self.starts, start) - 1
+            offset = self.starts[shard]
+            parts.append(self._array(shard)[start - offset : stop - offset])
+            start += len(parts[-1])
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
+
+    def _array(self, shard: int) -> np.ndarray:
+        if shard not in self._arrays:
+            # As a plain array: slicing np.memmap itself costs several times more.
+            self._arrays[shard] = np.asarray(np.memmap(self.files[shard], dtype=self.dtype, mode="r"))
+        return self._arrays[shard]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_arrays": {}}
+
+
+def collate_windows(windows: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A DataLoader's `collate_fn`: `TokenWindows` gives batches ready made, other datasets give lists of windows."""
+    return windows if isinstance(windows, dict) else default_collate(windows)
+
+
+class WindowBatchSampler(Sampler[list[int]]):
+    """Batches of window numbers from an endless run of seeded permutations, one for each epoch.
+
+    Nothing is dropped and nothing repeated within an epoch; a batch may lie across two. Epoch e's permutation comes
+    from (seed, e) alone, and only one is in memory, 4 bytes a window.
+
+    Args:
+        num_windows: length of the dataset.
+        batch_sizes: windows of each batch, over all ranks and the whole run, after which the sampler ends.
+    """
+
+    drop_last = False  # read by accelerate's BatchSamplerShard, which lets batches without a `batch_size` vary
+
+    def __init__(self, num_windows: int, batch_sizes: Collection[int], seed: int):
+        assert num_windows > 0, "a sampler without windows never fills a batch"
+        self.num_windows, self.batch_sizes, self.seed = num_windows, batch_sizes, seed
+
+    def __len__(self) -> int:
+        return len(self.batch_sizes)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epochs = itertools.count()
+        order, start = self._order(next(epochs)), 0
+        for size in self.batch_sizes:
+            batch = order[start : start + size].tolist()
+            start += size
+            while len(batch) < size:
+                order, start = self._order(next(epochs)), size - len(batch)
+                batch += order[:start].tolist()
+            yield batch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        # Shuffled in place: `permutation(n)` would hold 8 bytes a window.
+        order = np.arange(self.num_windows, dtype=np.uint32)
+        np.random.default_rng([self.seed, epoch]).shuffle(order)
+        return order

@@ -1,0 +1,228 @@
+"""TRL's SFTTrainer on conversations that are tokens and labels already: speed, logs, exact evaluation and resume."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from bitsandbytes.nn import Linear4bit
+from datasets import Dataset, concatenate_datasets
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig, SFTTrainer
+
+from llmkit.errors import UserError
+from llmkit.finetuning.adapters import QUANTIZATION_CONFIG
+from llmkit.model.loss import IGNORE_INDEX, linear_cross_entropy
+from llmkit.runs.record import JsonlLog, run_record
+from llmkit.training.arguments import choose_precision, set_up_reporting, use_one_gpu
+from llmkit.training.base_trainer import ExactTrainer
+from llmkit.training.callbacks import Samples, Throughput
+from llmkit.training.schedules import ScheduleArguments
+
+
+@dataclass
+class SFTArguments(ScheduleArguments, SFTConfig):
+    """SFTConfig with what the machine is good for chosen by itself, and samples."""
+
+    sample_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Questions answered before, during and after training."}
+    )
+    sample_tokens: int = field(default=128, metadata={"help": "Length of those answers, in tokens, if they go on."})
+
+    # Other defaults than SFTConfig's, each for a reason.
+    activation_checkpointing: bool | None = field(
+        default=True, metadata={"help": "Recompute activations in the backward pass: slower by a fifth, far smaller."}
+    )
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step, to compare with."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Hide NaN losses. Off: it costs a synchronisation a step, and hides NaN."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every adapter is used in every step, so DDP need not look."}
+    )
+
+    def __post_init__(self):
+        choose_precision(self)
+        super().__post_init__()
+        use_one_gpu(self)
+        set_up_reporting(self.report_to)
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
+        if self.max_length is None or self.max_length < 2:
+            raise UserError(f"max_length={self.max_length}: give the number of tokens that an example is cut at")
+        if self.label_smoothing_factor:
+            raise UserError("label_smoothing_factor is not supported: the loss never makes the logits it smooths")
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the frozen weights outside the linear layers, and of the products with them."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
+
+
+class ConversationTrainer(ExactTrainer, SFTTrainer):
+    """Trains an adapter on rows of `input_ids` and `labels`.
+
+    SFTTrainer cuts and packs the rows, and computes the loss from the hidden states at the trained positions, in
+    tiles. What is added here: adapters in float32, progress and logs as in pretraining, an evaluation that is weighted
+    by tokens, a count of trained tokens that survives resuming, and the quantization saved with the adapter.
+
+    Args:
+        model: the frozen base.
+        args: the arguments.
+        lora_config: the adapter that is put on it.
+        train_rows, eval_rows: the encoded conversations.
+        tokenizer: with chat template and padding token; saved with each checkpoint.
+        description: of the data, for the log.
+        source: the dataclasses that say where data and model came from, for the run's record.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: SFTArguments,
+        lora_config: LoraConfig,
+        train_rows: Dataset,
+        eval_rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        description: str,
+        source: Sequence = (),
+    ):
+        # Generation stops at the token that is trained to end an answer, whatever the base was told.
+        model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
+        # GPT-2 takes the end tokens within packed rows for padding, and warns of it.
+        logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+        self.throughput = Throughput(tokens_before=None, flops_per_token=0, peak=None)
+        super().__init__(
+            model,
+            args,
+            train_dataset=train_rows,
+            eval_dataset=eval_rows,
+            processing_class=tokenizer,
+            peft_config=lora_config,
+            callbacks=[self.throughput],
+        )
+        # SFTTrainer makes the adapters of a quantized base bfloat16, and that loses their small updates: on the
+        # quickstart's base, at 2e-4 with a cosine, a step left 20% of the A weights as they were in the first half of
+        # 120 steps, 78% in the second and 99% in the last tenth; in float32 it was none, none and 0.5%. Autocast
+        # still makes the products bfloat16.
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        data = {
+            "description": description,
+            "fingerprint": _fingerprint(train_rows),
+            "conversations": len(train_rows),
+            "validation_conversations": len(eval_rows),
+        }
+        self.record = run_record(args, model, data, source)
+        log = JsonlLog(args.output_dir, self.record)
+        self.add_callback(log)
+        if args.sample_prompts:
+            prompts = [
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
+                )
+                for prompt in args.sample_prompts
+            ]
+            context = model.config.max_position_embeddings
+            self.add_callback(Samples(tokenizer, prompts, args.sample_tokens, context, log))
+        self.has_plain_head = has_plain_head(model)
+        self.is_quantized = any(isinstance(module, Linear4bit) for module in model.modules())
+        self.tokens_since_log = 0
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step; counts its tokens, and the trained ones among them, over all ranks."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        read = sum(_num_tokens(batch) for batch in batches)
+        trained = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
+        read, trained = self.accelerator.reduce(torch.tensor([read, trained], device=device), reduction="sum").tolist()
+        self.tokens_since_log += read
+        # The field of the trainer's state that is saved with each checkpoint for such a count.
+        self.state.num_input_tokens_seen += trained
+        return batches, num_items
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """From the hidden states at the trained positions alone, in chunks whose gradient is made along with the loss.
+
+        TRL's own makes each tile of logits twice, and on a CPU those of all positions, with products in float32.
+        """
+        if not self.has_plain_head:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        assert not return_outputs, "nobody asks for logits here"
+        labels = inputs["labels"][:, 1:]
+        trained = labels != IGNORE_INDEX
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        outputs = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+        hidden = outputs.hidden_states[-1][:, :-1][trained]
+        # Evaluation fills its last batch with rows that have no targets.
+        num_items = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        head = self.accelerator.unwrap_model(model).get_output_embeddings()
+        loss = linear_cross_entropy(hidden, head.weight, labels[trained], num_items, head.bias)
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP's mean over ranks becomes the sum that is divided
+        return loss
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Dataset | None = None):
+        """Filled up with rows that have no labels, so that ranks get equally many and no row counts twice."""
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        missing = -len(dataset) % (self.args.per_device_eval_batch_size * self.args.world_size)
+        if missing:
+            filler = dataset.select([0]).map(lambda row: {"labels": [IGNORE_INDEX] * len(row["labels"])})
+            dataset = concatenate_datasets([dataset] + [filler] * missing)
+        return super().get_eval_dataloader(dataset)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Notes the batch's summed loss and its number of targets for `evaluation_loop`; returns nothing to gather."""
+        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+        targets = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss.device)
+        self.eval_sums.append(torch.stack([loss * targets, targets]))
+        return None, None, None
+
+    # Logging and saving
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {"trained_tokens": self.state.num_input_tokens_seen}
+            logs |= self.throughput.measure(self.state.global_step, self.tokens_since_log)
+            self.tokens_since_log = 0
+        super().log(logs, start_time)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The adapter and the tokenizer, how to stop, and how the base was quantized."""
+        super().save_model(output_dir, _internal_call)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            self.model.generation_config.save_pretrained(folder)
+            if self.is_quantized:
+                self.model.config.quantization_config.to_json_file(folder / QUANTIZATION_CONFIG)
+
+
+@torch.no_grad()
+def has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether logits are the head's product with the last hidden states, neither scaled nor capped (as Gemma 2's)."""
+    ids = torch.arange(4, device=model.device).unsqueeze(0)
+    outputs = model(ids, use_cache=False, output_hidden_states=True)
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and torch.equal(head(outputs.hidden_states[-1]), outputs.logits)
+
+
+def _num_tokens(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens of a batch without padding."""
+    return int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel()
+
+
+def _fingerprint(rows: Dataset) -> str:
+    """A hash of all tokens and labels: what must not change when a run is resumed."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("numpy").iter(batch_size=1000):
+        for column in ("input_ids", "labels"):
+            digest.update(np.concatenate(batch[column]).astype(np.int32).tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Use of a trained model: continue a text, hold a conversation."""

@@ -1,0 +1,117 @@
+"""A conversation with a fine-tuned model, in its chat template and with its KV cache."""
+
+import itertools
+import signal
+from collections.abc import Callable
+
+import torch
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.cache_utils import DynamicLayer
+
+from llmkit.errors import UserError
+from llmkit.inference.generation import DEFAULT_NEW_TOKENS, PieceStreamer, Sampling, context_length
+
+
+class Interrupt(StoppingCriteria):
+    """While this context is open, Ctrl-C ends the generation after the token at hand, and raises nothing: the KV cache
+    stays whole."""
+
+    def __enter__(self) -> "Interrupt":
+        self.received = False
+        self.previous = signal.signal(signal.SIGINT, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGINT, self.previous)
+
+    def _receive(self, signum, frame) -> None:
+        self.received = True
+
+    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        return torch.full((len(input_ids),), self.received, device=input_ids.device)
+
+
+class Chat:
+    """A conversation in the tokenizer's chat template. Keys and values of earlier turns are kept, as far as the
+    template renders these turns with the same tokens again.
+
+    Raises:
+        UserError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling):
+        if tokenizer.chat_template is None:
+            raise UserError(
+                f"{tokenizer.name_or_path}: its tokenizer has no chat template, so it was not trained to chat: "
+                "`llmkit generate` continues a text with it, and recipes/sft_qlora.py teaches it to answer"
+            )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.sampling = sampling
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything that was said."""
+        self.messages: list[dict[str, str]] = []
+        self.forgotten = 0  # turns that the context had no room for
+        self.cache: DynamicCache | None = None
+        self.cached: list[int] = []  # the tokens whose keys and values the cache holds
+
+    def answer(self, question: str, write: Callable[[str], None]) -> str:
+        """The answer, which is handed over piece by piece as well. Ctrl-C (in the main thread) ends it early.
+
+        Where the context gets full, the oldest turns are forgotten, until there is room for `max_new_tokens` or half
+        of the context.
+
+        Raises:
+            UserError: the question alone fills the context; the conversation stays as it was.
+        """
+        asked = {"role": "user", "content": question}
+        context, wanted = context_length(self.model), self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS
+        if (length := len(self._render([asked]))) >= context:
+            raise UserError(f"the question has {length} tokens and the model's context {context}: shorten it")
+        self.messages.append(asked)
+        while len(ids := self._render(self.messages)) + min(wanted, context / 2) > context and len(self.messages) > 1:
+            del self.messages[:2]
+            self.forgotten += 1
+
+        self._crop_cache(ids)
+        with Interrupt() as interrupt:
+            output = self.model.generate(
+                torch.tensor([ids], device=self.model.device),
+                attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),
+                past_key_values=self.cache,
+                max_new_tokens=min(wanted, context - len(ids)),
+                streamer=PieceStreamer(self.tokenizer, self.sampling, write),
+                stopping_criteria=StoppingCriteriaList([interrupt]),
+                **self.sampling.arguments(self.tokenizer),
+            )[0].tolist()
+        self.cached = output[: self.cache.get_seq_length()]
+        text = self.sampling.cut(self.tokenizer.decode(output[len(ids) :], skip_special_tokens=True))
+        self.messages.append({"role": "assistant", "content": text})
+        return text
+
+    def _render(self, messages: list[dict[str, str]]) -> list[int]:
+        """The tokens of a conversation that an answer is to follow."""
+        return self.tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # its length is looked at here
+        )["input_ids"]
+
+    def _crop_cache(self, ids: list[int]) -> None:
+        """Keep of the cache what belongs to the first of these tokens; at least the last is left to be computed."""
+        both = zip(self.cached, ids[:-1], strict=False)
+        same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+        # What a sliding window or a recurrent state has forgotten does not come back by cropping.
+        if self.cache is None or any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+            self.cache = DynamicCache(config=self.model.config)
+        elif same < len(self.cached):
+            self.cache.crop(same - len(self.cached))

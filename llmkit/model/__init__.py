@@ -1,0 +1,1 @@
+"""The model and its loss: everything a checkpoint is, and nothing of how it is trained."""

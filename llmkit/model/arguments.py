@@ -1,0 +1,85 @@
+"""The model that a recipe describes: its shape, or the checkpoint it starts from."""
+
+from dataclasses import dataclass, field
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llmkit.errors import UserError
+from llmkit.model.configuration_gpt2 import GPT2Config
+from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
+
+# A preset or a checkpoint on the command line takes the place of the shape that stands in the recipe's file.
+SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
+REPLACES = {"preset": SHAPE, "init_from": SHAPE}
+
+
+@dataclass
+class ModelArguments:
+    """The model's shape: a preset's, or its own where stated."""
+
+    preset: str | None = field(default=None, metadata={"help": "124M, 355M, 774M, 1558M or gpt3-125M."})
+    init_from: str | None = field(
+        default=None, metadata={"help": "Start from this checkpoint's weights, e.g. openai-community/gpt2."}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "Context length in tokens (n_positions)."})
+    n_layer: int | None = None
+    n_head: int | None = None
+    n_embd: int | None = None
+    dropout: float = field(default=0.0, metadata={"help": "For embeddings, attention weights and residuals."})
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa, eager, flex_attention or, where installed, flash_attention_2."}
+    )
+
+    def config(self) -> GPT2Config:
+        """The model's configuration, but for the vocabulary: see `GPT2Config.for_tokenizer`.
+
+        Raises:
+            UserError: sizes that make no model, or a shape together with `init_from`.
+        """
+        shape = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "n_positions": self.block_size}
+        shape = {key: value for key, value in shape.items() if value is not None}
+        if bad := [f"{key}={value}" for key, value in shape.items() if value < 1]:
+            raise UserError(f"{', '.join(bad)}: must be at least 1")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout={self.dropout}: it lies between 0 and 1")
+        if self.attn_implementation not in (known := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]):
+            raise UserError(
+                f"attn_implementation={self.attn_implementation}: choose one of {', '.join(sorted(known))}"
+            )
+        dropout = {"embd_pdrop": self.dropout, "attn_pdrop": self.dropout, "resid_pdrop": self.dropout}
+        rest = {**dropout, "attn_implementation": self.attn_implementation}
+        try:
+            if self.init_from is None:
+                return GPT2Config.from_preset(self.preset or "124M", **shape, **rest)
+            if self.preset or shape.keys() - {"n_positions"}:
+                raise UserError("init_from brings its own shape: leave out preset, n_layer, n_head and n_embd")
+            config = GPT2Config.from_pretrained(self.init_from, **rest)
+            if self.block_size and self.block_size > config.n_positions:
+                raise UserError(f"block_size={self.block_size} is more than {self.init_from}'s {config.n_positions}")
+            return config
+        except StrictDataclassError as error:
+            raise UserError(str(error.__cause__)) from error
+        except (ValueError, OSError) as error:
+            raise UserError(str(error)) from error
+
+    def model(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> GPT2LMHeadModel:
+        """A model with new weights, which the seed decides, or with those of `init_from`.
+
+        Raises:
+            UserError: a checkpoint that cannot be read, or has another vocabulary than the tokenizer.
+        """
+        config = self.config()
+        set_seed(seed)
+        try:
+            if self.init_from is None:
+                return GPT2LMHeadModel(config.for_tokenizer(tokenizer))
+            if (config.vocab_size, config.eos_token_id) != (len(tokenizer), tokenizer.eos_token_id):
+                raise UserError(
+                    f"{self.init_from} has {config.vocab_size} tokens and ends with {config.eos_token_id}, the "
+                    f"tokenizer {len(tokenizer)} and {tokenizer.eos_token_id}: give --tokenizer {self.init_from}"
+                )
+            return GPT2LMHeadModel.from_pretrained(self.init_from, config=config)
+        except (ValueError, OSError, ImportError) as error:
+            raise UserError(str(error)) from error

@@ -1,0 +1,95 @@
+"""One page that shows a run, or several beside each other: `report.html`, which needs nothing but a browser.
+
+`page.html` is the frame. What is shown is computed here and put into it as JSON, with `page.css`, `numbers.js`
+(formats, ticks), `chart.js` (draws a chart), `curves.js` (all of them, and their switches) and `page.js` (the rest);
+nothing is loaded from anywhere.
+"""
+
+import html
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmkit.runs.report.curves import charts, curves, logged
+from llmkit.runs.report.summary import figures, headline, moment, samples, state
+from llmkit.runs.report.tables import comparison, differences, run_tables
+from llmkit.runs.run import Run, load_run
+
+REPORT = "report.html"
+HERE = Path(__file__).parent
+SCRIPTS = ("numbers.js", "chart.js", "curves.js", "page.js")
+
+
+def write_report(folders: Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write the report of one or more runs.
+
+    Args:
+        folders: of the runs; one given twice is shown once.
+        output: the page's file, by default `report.html` in the first run's folder.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        UserError: a folder without a run.
+    """
+    runs = list({run.folder.resolve(): run for run in map(load_run, folders)}.values())
+    output = Path(output) if output is not None else runs[0].folder / REPORT
+    text = page(runs, time.time())
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text, encoding="utf-8")
+    return output
+
+
+def page(runs: list[Run], now: float) -> str:
+    """The whole page.
+
+    Args:
+        now: when it is made, in seconds since the epoch: a run that was silent for long is called killed.
+    """
+    data = content(runs, now)
+    # In a script element HTML ends at the first "</script", and a comment may begin with "<!--": no "<" is left.
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    parts = {
+        "title": html.escape(data["title"]),
+        "style": (HERE / "page.css").read_text(encoding="utf-8"),
+        "script": "\n".join((HERE / name).read_text(encoding="utf-8") for name in SCRIPTS),
+        "data": text,
+    }
+    frame = (HERE / "page.html").read_text(encoding="utf-8").split("%%")  # text, name, text, name, ..., text
+    return "".join(parts[part] if index % 2 else part for index, part in enumerate(frame))
+
+
+def content(runs: list[Run], now: float) -> dict:
+    """What the page shows, as JSON can say it."""
+    shown = []
+    for name, run in zip(run_names(runs), runs, strict=True):
+        key_figures = [[key, figure["text"], figure["note"]] for key, figure in figures(run).items()]
+        about = {"name": name, "headline": headline(run), "state": state(run, now), "figures": key_figures}
+        shown.append(about | curves(run) | {"samples": samples(run), "tables": run_tables(run)})
+    names = [run["name"] for run in shown]
+    return {
+        "title": names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
+        "made": moment(now),
+        "tokens": tokens_name(runs),
+        "runs": shown,
+        "charts": charts({key for run in runs for key in logged(run)}),
+        "comparison": [differences(runs), comparison(runs)] if len(runs) > 1 else [],
+    }
+
+
+def tokens_name(runs: list[Run]) -> str:
+    """What is counted: a fine-tune tells the tokens that it learned from."""
+    kinds = {"answer tokens" if "conversations" in run.record["data"] else "tokens" for run in runs}
+    return kinds.pop() if len(kinds) == 1 else "trained tokens"
+
+
+def run_names(runs: list[Run]) -> list[str]:
+    """The folders' names, with as much of what is above them as tells them apart."""
+    paths = [run.folder.resolve() for run in runs]
+    for depth in range(1, max(len(path.parts) for path in paths)):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("resolved folders differ")

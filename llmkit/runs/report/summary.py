@@ -1,0 +1,172 @@
+"""The words and tables of a run's report."""
+
+import math
+import re
+from datetime import UTC, datetime
+
+from llmkit.runs.report.curves import tokens
+from llmkit.runs.run import Run
+
+FINAL = {
+    "eval_loss": ("validation loss", "{:.4f}"),
+    "eval_perplexity": ("perplexity", "{:,.2f}"),
+    "eval_bits_per_byte": ("bits per byte", "{:.4f}"),
+    "hellaswag/acc_norm": ("HellaSwag acc_norm", "{:.1%}"),
+}
+LOWER_IS_BETTER = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+MAX_SAMPLES = 100  # of a prompt
+NOT_A_SETTING = {
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_dir",
+    "run_name",
+    "data_dir",
+    "debug",
+    "disable_tqdm",
+}
+# A path that says where somebody keeps things: absolute, from a home, or upwards.
+PATH = re.compile(r"""(?<![\w.:/\\~])(?:/|~|\.\.[/\\]|[A-Za-z]:[/\\])[^\s'",;:()|]*[/\\]([^\s'",;:()|/\\]+)""")
+
+
+def public(value):
+    """A record's value with folders taken out of its paths, for a report may be passed on."""
+    if isinstance(value, str):
+        return PATH.sub(r"…/\1", value)
+    if isinstance(value, dict):
+        return {key: public(item) for key, item in value.items()}
+    return [public(item) for item in value] if isinstance(value, list) else value
+
+
+def quantity(number: float) -> str:
+    """1234567 -> 1.23M."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size * 0.9995:
+            return f"{number / size:.3g}{unit}" if number < size * 999.5 else f"{number / size:,.0f}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """The two largest units: 45 s, 4 min 12 s, 3 h 5 min, 2 d 3 h."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds} s"
+    for size, unit, part, smaller in ((86400, "d", 3600, "h"), (3600, "h", 60, "min"), (60, "min", 1, "s")):
+        if seconds >= size:
+            whole, rest = divmod(round(seconds / part), size // part)
+            return f"{whole} {unit} {rest} {smaller}" if rest else f"{whole} {unit}"
+    raise AssertionError
+
+
+def moment(time: float) -> str:
+    """Seconds since the epoch, for a reader anywhere."""
+    return datetime.fromtimestamp(time, UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def plain(value) -> str:
+    """A setting as one writes it in a recipe."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, (list, tuple)):
+        return ", ".join(repr(item) if isinstance(item, str) else plain(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key}: {plain(item)}" for key, item in value.items()) or "none"
+    return "none" if value is None else str(value)
+
+
+def state(run: Run, now: float) -> dict[str, str]:
+    """`kind` and `text` of how the run stands. A silence longer than any before it makes it one that was killed."""
+    kind, last = run.status, run.log[-1]
+    percent = f" at {run.progress:.0%}" if run.progress is not None else ""
+    times = [record["time"] for record in run.log[run.log.index(run.starts[-1]) :]]
+    if kind == "unfinished":
+        longest = max((later - sooner for sooner, later in zip(times, times[1:], strict=False)), default=0)
+        kind = "running" if now - last["time"] <= max(300, 3 * longest) else "killed"
+    text = {
+        "finished": "finished",
+        "stopped": f"stopped{percent}, can be resumed",
+        "diverged": f"loss not finite at step {last['step']:,}",
+        "running": f"running{percent}",
+        "killed": f"killed or crashed{percent}: silent since {moment(last['time'])}",
+    }[kind]
+    resumes = len(run.starts) - 1
+    often = {0: "", 1: ", resumed once", 2: ", resumed twice"}.get(resumes, f", resumed {resumes} times")
+    return {"kind": kind, "text": text + often}
+
+
+def model_name(run: Run) -> str:
+    """What was trained, in a few words."""
+    model, source = run.record["model"], run.record["source"]
+    config = model["config"]
+    if "conversations" in run.record["data"]:
+        base = public(str(source.get("model", config.get("_name_or_path") or config["model_type"])))
+        return f"A LoRA adapter on {base.rstrip('/').split('/')[-1]} ({quantity(model['parameters'])} parameters)"
+    shape = f"{config['n_layer']} layers, {config['n_embd']} wide, context {run.record['data']['block_size']:,}"
+    start = f", from {public(str(source['init_from']))}" if "init_from" in source else ""
+    return f"A GPT-2 of {quantity(model['parameters'])} parameters ({shape}{start})"
+
+
+def headline(run: Run) -> str:
+    """The run in one line."""
+    kind = "answer tokens" if "conversations" in run.record["data"] else "tokens"
+    text = f"{model_name(run)} on {public(run.record['data']['description'])}: "
+    text += f"{quantity(tokens(run)[-1])} {kind} in {duration(run.seconds()[-1])}"
+    final = {key: last_value(run, key) for key in FINAL}
+    shown = [f"{name} {form.format(final[key])}" for key, (name, form) in FINAL.items() if final[key] is not None]
+    return ", ".join([text, *shown]) + "."
+
+
+def last_value(run: Run, key: str) -> float | None:
+    return next((record[key] for record in reversed(run.log) if key in record), None)
+
+
+def figures(run: Run) -> dict[str, dict[str, str | float]]:
+    """The key figures by name: `text`, a `note`, and where runs can be ranked by it their `rank`, lowest best."""
+    found = {}
+    for key, (name, form) in FINAL.items():
+        values = [(record[key], record["step"]) for record in run.log if key in record]
+        if not values:
+            continue
+        last, at = values[-1]
+        sign = 1 if key in LOWER_IS_BETTER else -1
+        finite = [pair for pair in values if math.isfinite(pair[0])] or values
+        best, step = min(finite, key=lambda pair: sign * pair[0])
+        error = last_value(run, key + "_stderr")
+        note = f"± {error:.1%} standard error" if error is not None else f"at step {at:,}"
+        note = f"best {form.format(best)} at step {step:,}" if step != at and best != last else note
+        found[name] = {"text": form.format(last), "note": note, "rank": sign * last}
+    if run.training:
+        found["training loss"] = {"text": f"{run.training[-1]['loss']:.4f}", "note": "the last one logged"}
+    data, arguments, step = run.record["data"], run.record["arguments"], run.log[-1]["step"]
+    epoch = last_value(run, "epoch")
+    note = f"{epoch:.2f} passes over the data" if epoch is not None else ""
+    kind = "answer tokens trained" if "conversations" in data else "tokens trained"
+    found[kind] = {"text": quantity(tokens(run)[-1]), "note": note}
+    planned = run.record.get("steps", arguments.get("max_steps", -1))
+    found["steps"] = {"text": f"{step:,}", "note": f"of {planned:,}" if planned > 0 else ""}
+    stints = f"over {len(run.starts)} starts" if len(run.starts) > 1 else "evaluation and samples included"
+    found["time"] = {"text": duration(run.seconds()[-1]), "note": stints}
+    speeds = sorted(record["tokens_per_second"] for record in run.training if "tokens_per_second" in record)
+    if speeds:
+        machine = run.record["machine"]
+        note = f"median, on {machine['ranks']} x {machine['device']}"
+        found["tokens per second"] = {"text": f"{speeds[len(speeds) // 2]:,.0f}", "note": note}
+    utilization = sorted(record["mfu"] for record in run.training if "mfu" in record)
+    if utilization:
+        found["MFU"] = {"text": f"{utilization[len(utilization) // 2]:.1%}", "note": "median"}
+    return found
+
+
+def samples(run: Run) -> list[dict]:
+    """Each prompt with the `steps` and `texts` of its continuations, some of them where there are very many."""
+    found: dict[str, list[dict]] = {}
+    for record in run.samples:
+        found.setdefault(record["prompt"], []).append(record)
+    shown = []
+    for prompt, records in found.items():
+        count = min(len(records), MAX_SAMPLES)
+        kept = [records[round(i * (len(records) - 1) / max(1, count - 1))] for i in range(count)]
+        texts = [record["sample"] for record in kept]
+        shown.append({"prompt": prompt, "steps": [record["step"] for record in kept], "texts": texts})
+    return shown

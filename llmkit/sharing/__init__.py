@@ -1,0 +1,1 @@
+"""What leaves the machine: the files that are shared, the model card, the Hub."""

@@ -1,0 +1,1 @@
+"""What turns windows into a checkpoint: arguments, schedules, optimizers, and Trainer extended at its seams."""

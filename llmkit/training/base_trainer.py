@@ -1,0 +1,114 @@
+"""What pretraining and fine-tuning want of Trainer alike: exact evaluation, honest resuming, no silent NaN."""
+
+import math
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+
+from llmkit.console import say
+from llmkit.errors import UserError
+from llmkit.evaluation.held_out import loss_metrics
+from llmkit.runs.record import check_resume
+from llmkit.runs.report import write_report
+from llmkit.sharing.hub import RunPusher
+from llmkit.training.callbacks import ProgressLine, StopOnSignal
+from llmkit.training.schedules import check_schedule, create_schedule
+
+
+class ExactTrainer(Trainer):
+    """A base for Trainer and its subclasses: `class MyTrainer(ExactTrainer, SFTTrainer)`.
+
+    `prediction_step` of the subclass appends (nats, targets) of each batch to `self.eval_sums` and returns nothing to
+    gather; `self.record` is the run's record, which a checkpoint to resume has to fit.
+    """
+
+    record: dict
+    tokens_per_byte: float | None = None  # of the validation text, where bits per byte are wanted
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.evaluated_step = -1
+        self.eval_sums: list[torch.Tensor] = []
+        self.pusher = RunPusher(self.args) if self.args.push_to_hub else None
+        self.add_callback(StopOnSignal(self.accelerator))
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        self.add_callback(ProgressLine)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
+        if resume_from_checkpoint:
+            check_resume(resume_from_checkpoint, self.record)
+        return super().train(resume_from_checkpoint, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """`lr_schedule`'s. It is stepped once a step at any number of ranks, for accelerate does not wrap it."""
+        if self.lr_scheduler is None:
+            check_schedule(self.args, num_training_steps)
+            self.lr_scheduler = create_schedule(
+                optimizer or self.optimizer, self.args, num_training_steps, self.schedule_position
+            )
+            self._created_lr_scheduler = True  # Trainer's mark: a second `train` makes another
+        return self.lr_scheduler
+
+    def schedule_position(self, step: int) -> float:
+        """Full batches trained before a step, which is what schedules count."""
+        return float(step)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Trainer's; asked again at the same step it does not do the work again."""
+        if eval_dataset is not None:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        if self.evaluated_step != self.state.global_step:
+            self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+            self.evaluated_step = self.state.global_step
+        return self.metrics
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
+        """Trainer's loop, with the loss weighted by tokens over all batches and ranks (Trainer averages batches)."""
+        self.eval_sums = []
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        sums = self.accelerator.gather(torch.stack(self.eval_sums)).cpu().double()
+        nats, tokens = sums.view(-1, 2).sum(dim=0).tolist()
+        metrics = loss_metrics(nats, int(tokens), self.tokens_per_byte)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise UserError(
+                f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate "
+                f"({self.args.learning_rate}) or check the data, and resume from a checkpoint before this step"
+            )
+
+    def write_report(self) -> None:
+        """Write `report.html` of the run's folder from its log."""
+        if self.is_world_process_zero():
+            write_report([self.args.output_dir])
+
+    # Sharing on the Hub, in place of Trainer's way, where a push that fails ends the run
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing: `check_push` has made the repository, before anything else was made."""
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: a card is written of the run's log when it is pushed, not with each checkpoint."""
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Trainer's, which would also push, while the other ranks wait."""
+        super().save_model(output_dir, _internal_call=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # Private, and the one place where Trainer pushes mid-run (`hub_strategy: every_save`).
+        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
+            self.pusher.push_soon(checkpoint_folder, self.state.global_step)
+
+    def push_to_hub(self) -> None:
+        """Push what `save_model` has saved, if `push_to_hub` is set: the last thing to do, when no other rank waits.
+
+        Raises:
+            UserError: it did not work; nothing is lost, and the line says how to do it later.
+        """
+        if self.pusher and self.is_world_process_zero():
+            say(f"pushed to {self.pusher.push_last()}")

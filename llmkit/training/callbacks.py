@@ -1,0 +1,176 @@
+"""What a run does beside training: measure its speed, print a progress line, sample, stop on a signal."""
+
+import signal
+import textwrap
+import time
+from collections.abc import Callable
+
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.state import AcceleratorState
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import TrainerState
+
+from llmkit.console import say
+from llmkit.errors import UserError
+from llmkit.runs.record import JsonlLog
+
+
+class Throughput(TrainerCallback):
+    """Tokens per second over all ranks and, where the GPU's peak is known, MFU, between two logged steps.
+
+    Evaluation, saving and sampling are not counted: the clock starts with the first step after a log.
+
+    Args:
+        tokens_before: of all ranks before step s; None where `measure` is told.
+        flops_per_token: forward and backward.
+        peak: FLOP/s of all ranks together, None where unknown.
+    """
+
+    def __init__(self, tokens_before: Callable[[int], int] | None, flops_per_token: int, peak: float | None):
+        self.tokens_before = tokens_before
+        self.flops_per_token = flops_per_token
+        self.peak = peak
+        self.started: float | None = None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.started is None:
+            self.started, self.first_step = time.perf_counter(), state.global_step
+
+    def measure(self, step: int, tokens: int | None = None) -> dict[str, float]:
+        """Figures for the steps since the last call; call it right after the loss was read from the device.
+
+        Args:
+            tokens: of those steps, where there is no `tokens_before`.
+        """
+        if self.started is None:
+            return {}
+        seconds = time.perf_counter() - self.started
+        self.started = None
+        tokens = self.tokens_before(step) - self.tokens_before(self.first_step) if tokens is None else tokens
+        speed = tokens / seconds
+        mfu = {"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}
+        return {"tokens_per_second": speed, **mfu}
+
+
+class ProgressLine(TrainerCallback):
+    """A progress bar where there is a terminal, and a line per log that a person can read."""
+
+    FORMATS = {
+        "loss": "loss {:.4f}",
+        "learning_rate": "lr {:.2e}",
+        "grad_norm": "grad norm {:.2f}",
+        "tokens_per_second": "{:,.0f} tok/s",
+        "trained_tokens": "{:,} trained",
+        "mfu": "mfu {:.1%}",
+        "eval_loss": "validation loss {:.4f}",
+        "eval_perplexity": "perplexity {:.2f}",
+        "eval_bits_per_byte": "{:.4f} bits/byte",
+        "hellaswag/acc_norm": "HellaSwag {:.4f} (acc_norm)",
+    }
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        disable = None if state.is_world_process_zero else True  # None: only where stderr is not a terminal
+        self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=disable)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.bar.update()
+
+    def on_log(self, args, state: TrainerState, control, logs=None, **kwargs):
+        shown = [text.format(logs[key]) for key, text in self.FORMATS.items() if key in logs]
+        if state.is_world_process_zero and shown:
+            say(f"step {state.global_step:>6,}/{state.max_steps:,} | " + " | ".join(shown))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.bar.close()
+
+
+class Samples(TrainerCallback):
+    """Continues fixed prompts at each evaluation: prints them and keeps them in the JSONL log.
+
+    The sampling has a seed of its own, so it neither changes the training's random numbers nor differs by rank.
+
+    Args:
+        context: the model's context length in tokens.
+
+    Raises:
+        UserError: a prompt that leaves no room in the context.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, context: int, log: JsonlLog
+    ):
+        prompts = [prompt or tokenizer.eos_token for prompt in prompts]  # nothing: as a document begins
+        for prompt in prompts:
+            if (length := len(tokenizer(prompt)["input_ids"])) >= context:
+                raise UserError(
+                    f"the sample prompt {prompt[:20]!r} has {length} tokens, the model's context {context}: shorten it"
+                )
+        self.tokenizer = tokenizer
+        self.context = context
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.log = log
+
+    def on_evaluate(self, args, state, control, model: PreTrainedModel, **kwargs):
+        # Where each rank holds a part of the model (FSDP), all of them have to sample, or none.
+        if not (state.is_world_process_zero or AcceleratorState().distributed_type == DistributedType.FSDP):
+            return
+        for prompt in self.prompts:
+            text = self.sample(model, prompt)
+            if state.is_world_process_zero:
+                say(textwrap.indent(text, "    | "))
+                self.log.write(state.global_step, {"prompt": prompt, "sample": text})
+
+    def sample(self, model: PreTrainedModel, prompt: str) -> str:
+        """The prompt with its continuation."""
+        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+        room = self.context - inputs["input_ids"].shape[1]
+        training = model.training
+        model.eval()
+        with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
+            torch.manual_seed(0)
+            output = model.generate(
+                **inputs,
+                max_new_tokens=min(self.max_new_tokens, room),
+                do_sample=True,
+                temperature=0.8,
+                top_k=50,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
+        model.train(training)
+        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM (a scheduler's notice, `kill`): saves a checkpoint at the end of a step, and stops.
+
+    The ranks get the signal at different steps, so they agree on one: their flags are summed, every few steps only,
+    since reading the sum waits for the device.
+    """
+
+    EVERY = 5  # torch's launcher kills the ranks 30 s after it has passed the signal on
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.received = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.previous = signal.signal(signal.SIGTERM, self._receive)
+
+    def _receive(self, signum, frame):
+        self.received = True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        received = self.received
+        if args.world_size > 1:
+            if state.global_step % self.EVERY:
+                return
+            flag = torch.tensor(int(received), device=args.device)
+            received = self.accelerator.reduce(flag, reduction="sum").item()
+        if received:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.previous)

@@ -1,0 +1,109 @@
+"""What a run watches beside its loss: HellaSwag, and how the kinds of parameters fare.
+
+All of it goes through `trainer.log`, so that log.jsonl, wandb, TensorBoard and trackio have the same names, the last
+three with Trainer's `train/` before them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.utils import get_total_norm
+from transformers import PreTrainedModel, TrainerCallback
+
+from llmkit.evaluation.hellaswag import Question, score_hellaswag
+
+# A parameter's kind is told by its name, from `transformer.` on.
+KINDS = {
+    "token_embedding": ("wte.",),
+    "position_embedding": ("wpe.",),
+    "attention": (".attn.",),
+    "mlp": (".mlp.",),
+    "layernorm": (".ln_1.", ".ln_2.", "ln_f."),
+}
+
+
+class HellaSwagInTraining(TrainerCallback):
+    """Scores the model at each `every`-th step, right after the step was logged, so that no speed counts the time.
+
+    All ranks share the questions. The scoring draws no random numbers.
+
+    Args:
+        questions: the encoded questions.
+        every: steps, a multiple of `logging_steps`.
+        batch_size: questions that a rank scores at once.
+        log: `trainer.log`.
+    """
+
+    def __init__(
+        self,
+        questions: Sequence[Question],
+        every: int,
+        batch_size: int,
+        accelerator: Accelerator,
+        log: Callable[[dict[str, float]], None],
+    ):
+        self.questions, self.every, self.batch_size = questions, every, batch_size
+        self.accelerator, self.log = accelerator, log
+
+    def on_log(self, args, state, control, model: PreTrainedModel, logs: dict[str, float], **kwargs):
+        if "loss" in logs and state.global_step % self.every == 0:
+            with self.accelerator.autocast():
+                self.log(score_hellaswag(model, self.questions, self.batch_size, self.accelerator))
+
+
+class ParameterMonitor(TrainerCallback):
+    """Norms of each kind of parameters, at each `every`-th step, of that step itself.
+
+    - `grad_norm/KIND`: of the gradient before clipping, so that their squares add up to that of `grad_norm`;
+    - `param_norm/KIND`: of the parameters before the step;
+    - `update_ratio/KIND`: the norm of what the step changed over that. At a learning rate that suits a model it is
+      often about 1e-3; far more shakes the weights, far less leaves them where they are.
+
+    A monitored step holds a second copy of the parameters while the optimizer works; the others cost nothing. Under
+    DDP each rank has whole gradients and parameters, and finds the same.
+    """
+
+    def __init__(self, model: PreTrainedModel, every: int):
+        self.every = every
+        self.kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
+        for name, parameter in model.named_parameters():
+            (kind,) = [kind for kind, parts in KINDS.items() if any(part in name for part in parts)]
+            self.kinds[kind].append(parameter)
+        self.step = -1
+        self.figures: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if (state.global_step + 1) % self.every == 0:
+            self.before = [[p.detach().clone() for p in parameters] for parameters in self.kinds.values()]
+            for kind, parameters in self.kinds.items():
+                self.figures[f"grad_norm/{kind}"] = get_total_norm([p.grad for p in parameters])
+
+    @torch.no_grad()
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if (state.global_step + 1) % self.every:
+            return
+        for (kind, parameters), before in zip(self.kinds.items(), self.before, strict=True):
+            norm = get_total_norm(before)
+            change = get_total_norm([old.sub_(new) for old, new in zip(before, parameters, strict=True)])
+            self.figures |= {f"param_norm/{kind}": norm, f"update_ratio/{kind}": change / norm}
+        self.step = state.global_step + 1
+        del self.before
+
+    def measured(self, step: int, grad_norm: float | None) -> dict[str, float]:
+        """The figures of a step, none where it was not monitored.
+
+        Args:
+            grad_norm: of all parameters, before clipping: what was found after it is scaled back. None where Trainer
+                did not clip.
+        """
+        if step != self.step:
+            return {}
+        found = dict(zip(self.figures, torch.stack(list(self.figures.values())).tolist(), strict=True))
+        clipped = math.hypot(*(found[f"grad_norm/{kind}"] for kind in self.kinds))
+        if clipped and grad_norm is not None:
+            for kind in self.kinds:
+                found[f"grad_norm/{kind}"] *= grad_norm / clipped
+        return found

@@ -1,0 +1,221 @@
+"""Trainer for pretraining, extended at its seams: data loaders, the count of targets, evaluation, logging."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch._dynamo.config
+import transformers
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch.utils.data import DataLoader
+
+from llmkit.data.windows import TokenWindows, WindowBatchSampler, collate_windows
+from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
+from llmkit.machine import device_name, peak_flops
+from llmkit.model.loss import IGNORE_INDEX
+from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
+from llmkit.runs.record import JsonlLog, run_record, windows_record
+from llmkit.training.arguments import PretrainArguments
+from llmkit.training.base_trainer import ExactTrainer
+from llmkit.training.callbacks import Samples, Throughput
+from llmkit.training.monitoring import HellaSwagInTraining, ParameterMonitor
+from llmkit.training.optimizers import MUON, create_muon, is_fully_sharded
+from llmkit.training.schedules import describe_schedule
+
+
+class PretrainTrainer(ExactTrainer):
+    """Trains on windows of token shards.
+
+    The batch of step s is a function of the seed and s alone: `WindowBatchSampler` orders all windows, and the ranks
+    and micro-batches of a step share out its part of that order. So the same text is trained at any number of ranks,
+    and a resumed run goes on where it stopped.
+
+    Args:
+        model: the model.
+        args: with `max_steps` or `num_train_epochs`; the accumulation is set from `total_batch_tokens`.
+        train_dataset, eval_dataset: windows of one block size.
+        processing_class: the tokenizer, saved with each checkpoint.
+        source: the dataclasses that say where data and model came from, for the run's record.
+
+    Raises:
+        UserError: a batch that cannot be shared out, or that is larger than the training set.
+    """
+
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        args: PretrainArguments,
+        train_dataset: TokenWindows,
+        eval_dataset: TokenWindows,
+        processing_class: transformers.PreTrainedTokenizerBase,
+        source: Sequence = (),
+    ):
+        block_size = train_dataset.block_size
+        args.set_accumulation(block_size)
+        if args.max_steps == -1:
+            windows = args.num_train_epochs * len(train_dataset)
+            args.max_steps = max(1, round(windows * block_size / args.total_batch_tokens))
+        self.record = run_record(args, model, windows_record(train_dataset, eval_dataset), source)
+        # From here on, Trainer's steps: more than the full batches that were asked for where the first are smaller.
+        self.full_steps, self.batches = args.max_steps, args.batches(block_size)
+        args.max_steps = self.record["steps"] = self.batches.num_steps
+        args.remove_unused_columns = False  # `shift_labels` reaches the model
+
+        peak = peak_flops(args.device) if args.bf16 else None
+        self.throughput = Throughput(
+            tokens_before=lambda step: self.batches.windows_before(step) * block_size,
+            flops_per_token=model.config.flops_per_token(block_size),
+            peak=peak * args.world_size if peak else None,
+        )
+        log = JsonlLog(args.output_dir, self.record)
+        callbacks = [self.throughput, log]
+        if args.sample_prompts:
+            context = model.config.n_positions
+            callbacks.append(Samples(processing_class, args.sample_prompts, args.sample_tokens, context, log))
+        super().__init__(
+            model,
+            args,
+            data_collator=collate_windows,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.tokens_per_byte = eval_dataset.tokens_per_byte
+        if args.torch_compile:
+            # Each size of a growing batch is a graph of its own, and after 8 dynamo would go on without graphs.
+            torch._dynamo.config.recompile_limit = 8 + len(self.batches.micro_batch_sizes)
+        if is_fully_sharded(args):
+            keep_sums_in_float32(self.accelerator.state.fsdp_plugin)
+        self.monitor = ParameterMonitor(model, args.monitor_steps) if args.monitor_steps else None
+        if self.monitor:
+            self.add_callback(self.monitor)
+        if args.hellaswag_steps:
+            rows = load_hellaswag(args.hellaswag_file)[: args.hellaswag_questions]
+            questions = encode_hellaswag(rows, processing_class, model.config.n_positions)
+            batch_size = max(1, args.per_device_eval_batch_size // len(rows[0]["endings"]))
+            self.add_callback(
+                HellaSwagInTraining(questions, args.hellaswag_steps, batch_size, self.accelerator, self.log)
+            )
+
+    def create_optimizer(self, model=None):
+        if self.args.optim == MUON and self.optimizer is None:
+            model = self.model if model is None else model
+            self.optimizer = create_muon(model, self.args, self.get_decay_parameter_names(model))
+        return super().create_optimizer(model)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        return super().create_scheduler(self.full_steps, optimizer)
+
+    def schedule_position(self, step: int) -> float:
+        return self.batches.full_batches_before(step)
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """All batches of the run as one epoch to Trainer; passes over the text are the sampler's business."""
+        args = self.args
+        sampler = WindowBatchSampler(
+            num_windows=len(self.train_dataset),
+            batch_sizes=self.batches,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+        )
+        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=sampler))
+
+    def get_eval_dataloader(self, eval_dataset: TokenWindows | None = None) -> DataLoader:
+        dataset = eval_dataset or self.eval_dataset
+        batch_size = self.args.per_device_eval_batch_size
+        dataset = dataset.padded_to_multiple_of(batch_size * self.args.world_size)
+        return self.accelerator.prepare(self._loader(dataset, batch_size=batch_size))
+
+    def _loader(self, dataset: TokenWindows, **batching) -> DataLoader:
+        return DataLoader(
+            dataset,
+            collate_fn=collate_windows,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            **batching,
+        )
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of a step, and its number of targets over all of them and all ranks.
+
+        Trainer counts where it finds `labels`; these batches have `shift_labels` alone.
+        """
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        targets = sum((batch["shift_labels"] != IGNORE_INDEX).sum() for batch in batches)
+        return batches, self.accelerator.reduce(targets, reduction="sum")
+
+    # Evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Notes the batch's summed loss and its number of targets; there is nothing to gather."""
+        with torch.no_grad():
+            # Divided by one item: the sum. Logits of one position, for nobody looks at them here.
+            nats = model(**inputs, num_items_in_batch=1, logits_to_keep=1).loss
+        self.eval_sums.append(torch.stack([nats, (inputs["shift_labels"] != IGNORE_INDEX).sum()]))
+        return None, None, None
+
+    # Logging
+
+    def floating_point_ops(self, inputs) -> int:
+        return self.throughput.flops_per_token * inputs["input_ids"].numel()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        tokens = self.throughput.tokens_before(self.state.global_step)
+        if "loss" in logs:
+            logs |= {"tokens": tokens}
+            logs |= self.throughput.measure(self.state.global_step)
+            if self.monitor:
+                logs |= self.monitor.measured(self.state.global_step, logs.get("grad_norm"))
+            if self.args.optim == MUON:
+                logs["lr/muon"] = logs["learning_rate"] * self.args.muon_learning_rate / self.args.learning_rate
+        # Trainer's epoch is the whole run here. Passes over the text are what a reader means.
+        self.state.epoch = tokens / self.train_tokens
+        super().log(logs, start_time)
+
+    @property
+    def train_tokens(self) -> int:
+        """Targets in one pass over the training set."""
+        return len(self.train_dataset) * self.train_dataset.block_size
+
+    def summary(self) -> str:
+        """What will be trained, on what and how, as a short table."""
+        args, config, data = self.args, self.model.config, self.train_dataset
+        batch = (
+            f"{args.per_device_train_batch_size} x {data.block_size} x {args.gradient_accumulation_steps} accumulated"
+        )
+        tokens = self.full_steps * args.total_batch_tokens
+        step = f"{args.total_batch_tokens:,} tokens = {batch} x {args.world_size} rank(s)"
+        steps = f"{args.max_steps:,} steps"
+        schedule = describe_schedule(args, self.full_steps)
+        if args.batch_ramp_start is not None:
+            step += f", from {args.batch_ramp_start:,} over the first {args.batch_ramp_tokens:,}"
+            steps += f" ({self.full_steps:,} full batches)"
+            schedule += ", in full batches"
+        chosen = [f"{args.mixed_precision} autocast" if args.mixed_precision != "no" else "float32"]
+        chosen += ["TF32"] if args.tf32 else []
+        chosen += [f"{config._attn_implementation} attention", f"compile {'on' if args.torch_compile else 'off'}"]
+        if args.optim == MUON:
+            optimizer = f"muon, lr {args.muon_learning_rate:g}, and adamw, lr {args.learning_rate:g}"
+        else:
+            optimizer = f"{args.optim.value}, lr {args.learning_rate:g}"
+        rows = {
+            "model": f"{config.num_parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
+            f"{config.n_embd} wide, {config.n_positions} context, {config.vocab_size:,} tokens",
+            "data": f"{data.num_tokens:,} tokens to train on, {self.eval_dataset.num_tokens:,} held out",
+            "step": step,
+            "run": f"{steps} = {tokens:,} tokens = {tokens / self.train_tokens:.2f} epochs",
+            "optimizer": f"{optimizer}, weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}",
+            "schedule": schedule,
+            "machine": f"{args.world_size} x {device_name(args.device)}, {', '.join(chosen)}",
+        }
+        return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+
+
+def keep_sums_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
+    """DDP's mixed precision: under FSDP2 accelerate would sum gradients in bfloat16, and round the loss to it."""
+    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+        )

@@ -1,0 +1,197 @@
+"""Windows cover every token, and every rank draws its own."""
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import BatchSamplerShard
+from torch.utils.data import DataLoader
+
+from llmkit.data.manifest import Manifest, Shard, Split
+from llmkit.data.windows import IGNORED, TokenWindows, WindowBatchSampler, collate_windows
+from llmkit.errors import UserError
+
+EOS = 7
+
+
+def make_manifest(directory: Path, train: list[int], validation: list[int], dtype: str = "uint16") -> Manifest:
+    """Shards of the given lengths. A token says where in its split it stands."""
+    splits = {}
+    for split, lengths in (("train", train), ("validation", validation)):
+        stream = np.arange(sum(lengths)) + 1000
+        shards, start = [], 0
+        for index, length in enumerate(lengths):
+            name = f"{split}_{index:05d}.bin"
+            stream[start : start + length].astype(np.dtype(dtype).newbyteorder("<")).tofile(directory / name)
+            shards.append(Shard(name, tokens=length, documents=1, bytes=4 * length))
+            start += length
+        splits[split] = Split(len(stream), len(lengths), 4 * len(stream), 0, shards)
+    return Manifest(directory, dtype, 60_000, EOS, "numbers", {}, splits)
+
+
+def targets(windows, split_windows):
+    """(position, token, target) of every target that counts."""
+    found = []
+    for index in split_windows:
+        window = windows[index]
+        for offset, (token, target) in enumerate(zip(window["input_ids"], window["shift_labels"], strict=True)):
+            if target != IGNORED:
+                found.append((index * windows.block_size + offset, int(token), int(target)))
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("lengths", [[41], [17, 1, 3, 20], [5, 5, 30], [40], [42]])
+@pytest.mark.parametrize("block_size", [1, 4, 7, 8])
+def test_each_token_but_the_first_is_a_target_once(tmp_path, lengths, block_size, dtype):
+    manifest = make_manifest(tmp_path, lengths, lengths, dtype)
+    total = sum(lengths)
+    for split, last in (("train", (total - 1) // block_size * block_size), ("validation", total - 1)):
+        windows = TokenWindows(manifest, split, block_size)
+        expected = [(i, 1000 + i, 1001 + i) for i in range(last)]
+        assert targets(windows, range(len(windows))) == expected
+        for index in range(len(windows)):
+            window = windows[index]
+            assert window.keys() == {"input_ids", "shift_labels"}
+            for tensor in window.values():
+                assert tensor.shape == (block_size,) and tensor.dtype == torch.int64
+
+
+def test_the_last_validation_window_is_filled_up_and_masked(tmp_path):
+    windows = TokenWindows(make_manifest(tmp_path, [20], [11]), "validation", 8)
+    assert len(windows) == 2
+    assert windows[1]["input_ids"].tolist() == [1008, 1009, 1010] + [EOS] * 5
+    assert windows[1]["shift_labels"].tolist() == [1009, 1010] + [IGNORED] * 6
+
+
+@pytest.mark.parametrize("total", [9, 33, 34, 40])
+def test_padding_adds_only_masked_windows(tmp_path, total):
+    windows = TokenWindows(make_manifest(tmp_path, [20], [total]), "validation", 8)
+    for multiple in (1, 4, 6):
+        padded = windows.padded_to_multiple_of(multiple)
+        assert len(padded) % multiple == 0 and len(windows) <= len(padded) < len(windows) + multiple
+        assert targets(padded, range(len(padded))) == targets(windows, range(len(windows)))
+        for index in range(len(windows), len(padded)):
+            assert padded[index]["input_ids"].shape == (8,)
+            assert padded[index]["shift_labels"].tolist() == [IGNORED] * 8
+
+
+def test_windows_outside_are_an_index_error(tmp_path):
+    windows = TokenWindows(make_manifest(tmp_path, [20], [11]), "train", 8)
+    assert len(list(windows)) == len(windows) == 2  # iteration ends at the IndexError
+    for index in (2, -1):
+        with pytest.raises(IndexError):
+            windows[index]
+
+
+def test_measures_of_the_text(tmp_path):
+    windows = TokenWindows(make_manifest(tmp_path, [20, 4], [11]), "train", 8)
+    assert (windows.num_tokens, windows.num_bytes, windows.tokens_per_byte, windows.block_size) == (24, 96, 0.25, 8)
+
+
+@pytest.mark.parametrize(("split", "lengths", "block_size"), [("train", [8], 8), ("validation", [1], 8)])
+def test_a_split_shorter_than_a_block_is_an_error(tmp_path, split, lengths, block_size):
+    manifest = make_manifest(tmp_path, lengths, lengths)
+    with pytest.raises(UserError, match=rf"{split} split has {lengths[0]} tokens.*block_size 8 takes 9"):
+        TokenWindows(manifest, split, block_size)
+
+
+def test_opening_reads_no_token(tmp_path):
+    manifest = make_manifest(tmp_path, [20], [11])
+    (tmp_path / "train_00000.bin").unlink()
+    windows = TokenWindows(manifest, "train", 8)
+    with pytest.raises(FileNotFoundError):
+        windows[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_dataloader_gives_the_windows_in_batches(tmp_path, num_workers):
+    windows = TokenWindows(make_manifest(tmp_path, [60, 41], [11]), "train", 5)
+    windows[0]  # opens a file, which a copy for a worker must not carry
+    assert len(pickle.dumps(windows)) < 2000
+    sampler = WindowBatchSampler(len(windows), [3] * 8, seed=1)
+    loader = DataLoader(windows, batch_sampler=sampler, collate_fn=collate_windows, num_workers=num_workers)
+    for indices, batch in zip(sampler, loader, strict=True):
+        one_by_one = collate_windows([windows[index] for index in indices])
+        assert batch.keys() == one_by_one.keys()
+        for name, tensor in batch.items():
+            assert tensor.shape == (3, 5) and tensor.is_contiguous()
+            torch.testing.assert_close(tensor, one_by_one[name], rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------- the order
+
+
+@pytest.mark.parametrize(("num_windows", "batch_size"), [(10, 4), (12, 4), (3, 5), (1, 4), (100, 1), (7, 7)])
+def test_every_epoch_has_every_window_once(num_windows, batch_size):
+    epochs = 6
+    num_batches = -(-epochs * num_windows // batch_size)
+    batches = list(WindowBatchSampler(num_windows, [batch_size] * num_batches, seed=3))
+    assert len(batches) == num_batches and {len(batch) for batch in batches} == {batch_size}
+    stream = sum(batches, [])
+    assert all(type(index) is int for index in stream)
+    orders = [stream[e * num_windows : (e + 1) * num_windows] for e in range(epochs)]
+    for order in orders:
+        assert sorted(order) == list(range(num_windows))
+    if num_windows >= 10:
+        assert len({tuple(order) for order in orders}) == epochs
+        assert orders[0] != list(range(num_windows))
+
+
+def test_order_is_a_function_of_the_seed():
+    def first(seed):
+        return next(iter(WindowBatchSampler(1000, [16] * 5, seed)))
+
+    assert first(1) == first(1) != first(2)
+    sampler = WindowBatchSampler(10, [3] * 8, seed=1)
+    assert list(sampler) == list(sampler) and len(sampler) == 8
+
+
+def rank_batches(sampler, world_size):
+    return [list(BatchSamplerShard(sampler, world_size, rank)) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_are_disjoint_and_cover_every_window_once_an_epoch(world_size):
+    num_windows, batch_size, epochs = 96, 3, 2
+    per_epoch = num_windows // batch_size
+    sampler = WindowBatchSampler(num_windows, [batch_size] * (epochs * per_epoch), seed=5)
+    ranks = rank_batches(sampler, world_size)
+    for epoch in range(epochs):
+        mine = slice(epoch * per_epoch // world_size, (epoch + 1) * per_epoch // world_size)
+        windows = [set(sum(batches[mine], [])) for batches in ranks]
+        assert sum(map(len, windows)) == num_windows
+        assert set.union(*windows) == set(range(num_windows))
+
+
+def test_an_optimizer_step_has_the_same_windows_at_any_world_size():
+    num_windows, batch_size, steps = 50, 3, 20
+    sampler = WindowBatchSampler(num_windows, [batch_size] * (4 * steps), seed=5)
+
+    def global_batches(world_size, accumulation):
+        ranks = rank_batches(sampler, world_size)
+        assert {len(batches) for batches in ranks} == {steps * accumulation}
+        return [
+            sorted(sum((sum(batches[s * accumulation : (s + 1) * accumulation], []) for batches in ranks), []))
+            for s in range(steps)
+        ]
+
+    alone = global_batches(1, 4)
+    assert alone == [sorted(sum(list(sampler)[4 * s : 4 * s + 4], [])) for s in range(steps)]
+    assert global_batches(2, 2) == alone
+    assert global_batches(4, 1) == alone
+
+
+@pytest.mark.parametrize("skipped", [0, 1, 5, 11])
+def test_skipping_batches_is_starting_later(tmp_path, skipped):
+    windows = TokenWindows(make_manifest(tmp_path, [60, 41], [11]), "train", 5)
+    sampler = WindowBatchSampler(len(windows), [3] * 12, seed=1)  # lies across two epochs
+    for world_size in (1, 2):
+        shard = BatchSamplerShard(sampler, world_size, world_size - 1)
+        loader = DataLoader(windows, batch_sampler=shard, collate_fn=collate_windows)
+        everything = [batch["input_ids"].tolist() for batch in loader]
+        rest = [batch["input_ids"].tolist() for batch in skip_first_batches(loader, skipped)]
+        assert rest == everything[skipped:]

@@ -1,0 +1,277 @@
+"""Our GPT-2 is the stock GPT-2: same parameters, logits, loss, gradients and text, from the same files."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from transformers import StaticCache
+
+from llmkit import GPT2Config, GPT2LMHeadModel
+
+
+@pytest.fixture
+def ours(tiny_config) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(**tiny_config)).eval()
+    # A trained model's spread: at the initial 0.02 errors would drown in the residual stream.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.fixture
+def stock(ours, tmp_path) -> transformers.GPT2LMHeadModel:
+    ours.save_pretrained(tmp_path)
+    return transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(1, 211, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_parameters_are_stock(ours, stock):
+    mine, theirs = dict(ours.named_parameters()), dict(stock.named_parameters())
+    assert list(mine) == list(theirs)
+    assert all(mine[name].shape == theirs[name].shape for name in theirs)
+    assert ours.lm_head.weight is ours.transformer.wte.weight
+    assert stock.config.model_type == "gpt2" and stock.config.architectures == ["GPT2LMHeadModel"]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_loss_and_gradients_equal_stock(ours, stock, masked):
+    ids = tokens(3, 29)
+    labels, mask = ids.clone(), torch.ones_like(ids)
+    if masked:  # ragged rows: padding on the right of one, a masked prompt in another
+        labels[0, 20:], mask[0, 20:] = -100, 0
+        labels[1, :11] = -100
+    for model in (ours, stock):
+        model.train()
+    mine = ours(ids, attention_mask=mask, labels=labels)
+    theirs = stock(ids, attention_mask=mask, labels=labels)
+    assert mine.logits is None, "training must not make the logits"
+    assert mine.loss.item() == pytest.approx(theirs.loss.item(), abs=1e-5)
+    mine.loss.backward()
+    theirs.loss.backward()
+    for (name, p), q in zip(ours.named_parameters(), stock.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_logits_equal_stock_both_ways(stock, tmp_path):
+    stock.save_pretrained(tmp_path / "stock")
+    ours = GPT2LMHeadModel.from_pretrained(tmp_path / "stock").eval()
+    ids = tokens(2, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
+
+
+def test_opens_openai_era_checkpoints(stock, tmp_path):
+    """`openai-community/gpt2` holds no `transformer.` prefix, and the causal masks as buffers."""
+    state = {
+        name.removeprefix("transformer."): p for name, p in stock.state_dict().items() if name != "lm_head.weight"
+    }
+    state |= {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64) for layer in range(3)}
+    stock.config.save_pretrained(tmp_path)
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    ours, report = GPT2LMHeadModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(tokens(1, 9)).logits, stock(tokens(1, 9)).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ["eager", "flex_attention"])
+def test_attention_implementations_agree(ours, attention):
+    ids, mask = tokens(2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = ours(ids, attention_mask=mask).logits
+        ours.set_attn_implementation(attention)
+        found = ours(ids, attention_mask=mask).logits
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
+
+
+def test_every_parameter_is_initialised():
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=1000, n_positions=200, n_embd=128, n_layer=6, n_head=4)
+    for name, p in GPT2LMHeadModel(config).named_parameters():
+        if name.endswith("bias"):
+            assert (p == 0).all(), name
+        elif ".ln_" in name:
+            assert (p == 1).all(), name
+        else:
+            expected = 0.02 / math.sqrt(2 * 6) if "c_proj" in name else 0.02
+            assert p.std().item() == pytest.approx(expected, rel=0.03), name
+            assert p.mean().item() == pytest.approx(0, abs=expected / 20), name
+
+
+@pytest.mark.parametrize("micro", [1, 2, 5])
+def test_loss_does_not_depend_on_the_split(ours, micro):
+    """Rows of different lengths, cut into micro-batches: the same loss and gradient as all at once."""
+    ours.train()
+    ids = tokens(10, 32)
+    labels = ids.clone()
+    for row in range(10):
+        labels[row, 32 - 3 * row :] = -100
+    count = (labels[:, 1:] != -100).sum()
+    ours(ids, labels=labels).loss.backward()
+    expected = ours.transformer.wte.weight.grad.clone()
+    whole = ours(ids, labels=labels).loss.item()
+    ours.zero_grad()
+    total = 0.0
+    for rows in torch.arange(10).split(micro):
+        loss = ours(ids[rows], labels=labels[rows], num_items_in_batch=count).loss
+        loss.backward()
+        total += loss.item()
+    assert total == pytest.approx(whole, rel=1e-6)
+    torch.testing.assert_close(ours.transformer.wte.weight.grad, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_shift_labels_are_labels_shifted(ours):
+    ids = tokens(2, 30)
+    shifted = torch.nn.functional.pad(ids[:, 1:], (0, 1), value=-100)
+    assert ours(ids, labels=ids).loss.item() == ours(ids, shift_labels=shifted).loss.item()
+
+
+@pytest.mark.parametrize("implementation", [None, "static"])
+def test_cached_generation_equals_uncached(ours, implementation):
+    """Left-padded prompts of different lengths, greedy."""
+    ids, mask = tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    ids[0, :7], mask[0, :7] = 0, 0
+    ids[1, :2], mask[1, :2] = 0, 0
+    how = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20, "pad_token_id": 0}
+    plain = ours.generate(ids, attention_mask=mask, use_cache=False, **how)
+    cached = ours.generate(ids, attention_mask=mask, cache_implementation=implementation, **how)
+    assert cached.tolist() == plain.tolist()
+
+
+def test_static_cache_equals_dynamic(ours):
+    ids = tokens(2, 10)
+    cache = StaticCache(config=ours.config, max_cache_len=32)
+    with torch.no_grad():
+        first = ours(ids[:, :6], past_key_values=cache).logits
+        rest = ours(ids[:, 6:], past_key_values=cache, position_ids=torch.arange(6, 10).unsqueeze(0)).logits
+        torch.testing.assert_close(torch.cat([first, rest], 1), ours(ids).logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_packed_documents_do_not_see_each_other(ours, use_cache):
+    a, b = tokens(1, 9, seed=1), tokens(1, 14, seed=2)
+    positions = torch.cat([torch.arange(9), torch.arange(14)]).unsqueeze(0)
+    with torch.no_grad():
+        packed = ours(torch.cat([a, b], 1), position_ids=positions, use_cache=use_cache).logits
+        torch.testing.assert_close(packed[:, :9], ours(a).logits, atol=1e-5, rtol=0)
+        torch.testing.assert_close(packed[:, 9:], ours(b).logits, atol=1e-5, rtol=0)
+
+
+def test_activation_checkpointing_changes_nothing(ours):
+    ids = tokens(2, 20)
+    ours.train()
+    ours(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
+    ours.gradient_checkpointing_enable()
+    ours(ids, labels=ids).loss.backward()
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+
+@pytest.mark.slow
+def test_compiles_to_one_graph(ours):
+    ids = tokens(2, 32)
+    ours.train()
+    expected = ours(ids, labels=ids).loss.item()
+    compiled = torch.compile(ours, fullgraph=True)
+    loss = compiled(ids, labels=ids).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    assert ours.transformer.wte.weight.grad.abs().sum() > 0
+
+
+def test_generation_stays_in_the_vocabulary(ours):
+    """211 tokens are padded to 256 in the loss's products; no sampling setting may find the other 45."""
+    how = {"do_sample": True, "max_new_tokens": 40, "min_new_tokens": 40, "pad_token_id": 0}
+    for settings in ({"temperature": 100.0, "top_k": 0}, {"top_k": 500}, {"top_p": 1.0, "top_k": 0}):
+        assert ours.generate(tokens(16, 4), **how, **settings).max() < 211
+    assert ours(tokens(1, 4)).logits.shape[-1] == 211
+
+
+def test_context_is_refused_not_overrun(ours):
+    with pytest.raises(ValueError, match="65 tokens.*n_positions=64"):
+        ours(tokens(1, 65))
+    with pytest.raises(ValueError, match="n_positions=64.*max_new_tokens"):
+        ours.generate(tokens(1, 60), max_new_tokens=10, min_new_tokens=10, pad_token_id=0)
+
+
+def test_num_parameters_and_flops():
+    published = {"124M": 124_439_808, "355M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200}
+    for name, count in published.items():
+        config = GPT2Config.from_preset(name)
+        assert config.num_parameters == count
+        with torch.device("meta"):
+            assert sum(p.numel() for p in GPT2LMHeadModel(config).parameters()) == count
+    # 6 * (124,439,808 - 1024 * 768) + 12 * 12 * 768 * 1024
+    assert GPT2Config.from_preset("124M").flops_per_token() == 855_166_464
+    with pytest.raises(ValueError, match="124M, 355M"):
+        GPT2Config.from_preset("117M")
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"n_embd": 50}, "n_embd=50 is not divisible by n_head=4"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True is not supported"),
+        ({"n_layer": "3"}, "expected int"),
+    ],
+)
+def test_wrong_configurations_are_refused(tiny_config, wrong, message):
+    with pytest.raises(Exception, match=message):
+        GPT2Config(**{**tiny_config, **wrong})
+
+
+OPENS_WITHOUT_LLMKIT = """
+import sys
+sys.modules["llmkit"] = None  # importing it raises
+import torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
+assert type(model).__module__.startswith("transformers."), type(model)
+print(model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist())
+"""
+
+
+def test_greedy_text_is_the_same_without_llmkit(ours, tmp_path):
+    ours.save_pretrained(tmp_path)
+    printed = subprocess.run(
+        [sys.executable, "-c", OPENS_WITHOUT_LLMKIT, tmp_path], capture_output=True, text=True, check=True
+    ).stdout
+    expected = ours.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=12, do_sample=False, pad_token_id=0)[0].tolist()
+    assert printed.strip() == str(expected)
+
+
+MEASURE_PEAK = """
+import resource, sys, torch
+if sys.argv[1] == "ours":
+    from llmkit import GPT2Config
+    from llmkit import GPT2LMHeadModel
+else:
+    from transformers import GPT2Config, GPT2LMHeadModel
+sizes = dict(n_positions=256, n_embd=64, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+model = GPT2LMHeadModel(GPT2Config(**sizes)).train()
+ids = torch.randint(0, 50257, (16, 256))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model(ids, labels=ids).loss.backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units")
+def test_peak_memory_is_at_most_half_of_stock():
+    """A training step at GPT-2's vocabulary, where the logits are most of the memory (4,096 rows of 50,257)."""
+    ours, stock = (
+        int(subprocess.run([sys.executable, "-c", MEASURE_PEAK, which], capture_output=True, check=True).stdout)
+        for which in ("ours", "stock")
+    )
+    assert ours * 2 < stock, f"ours grew by {ours} kB, stock by {stock} kB"

@@ -1,0 +1,190 @@
+"""`accelerate launch recipes/pretrain.py` as users run it: one rank and two, two nodes, killed, resumed, wrong."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from small_run import accelerate_launch
+
+ROOT = Path(__file__).parents[2]
+TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
+TINY += ["--total_batch_tokens", "512", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4"]
+TINY += ["--max_steps", "8", "--eval_steps", "4", "--save_steps", "4", "--logging_steps", "1", "--bf16", "false"]
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    for number in range(60):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}.\n" for n in range(40)))
+    return folder
+
+
+def command(config: str, *arguments: object, launcher: tuple = ()) -> list[str]:
+    return [*accelerate_launch(config), *launcher, "recipes/pretrain.py", *map(str, arguments)]
+
+
+def launch(config: str, *arguments: object, launcher: tuple = ()) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command(config, *arguments, launcher=launcher), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def logged(run: Path, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="module")
+def one_rank(texts, tmp_path_factory) -> Path:
+    """A whole run on one rank."""
+    run = tmp_path_factory.mktemp("runs") / "one"
+    done = launch("cpu", *TINY, "--text_files", texts / "*.txt", "--data_dir", texts / "data", "--output_dir", run)
+    assert done.returncode == 0, done.stderr
+    assert "8 steps = 4,096 tokens" in done.stdout and f"saved {run}" in done.stdout
+    return run
+
+
+WITHOUT_LLMKIT = """
+import sys
+sys.modules["llmkit"] = None  # importing it raises
+import transformers
+generate = transformers.pipeline("text-generation", sys.argv[1])
+assert type(generate.model).__module__.startswith("transformers.")
+print(repr(generate("7 times 3 is", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
+"""
+
+
+def test_every_checkpoint_opens_without_llmkit(one_rank):
+    """Mid-run and final: `pipeline` without llmkit gives the text that our own model gives."""
+    from transformers import AutoTokenizer
+
+    from llmkit import GPT2LMHeadModel
+
+    for checkpoint in (one_rank / "checkpoint-4", one_rank):
+        done = subprocess.run([sys.executable, "-c", WITHOUT_LLMKIT, checkpoint], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        ids = tokenizer("7 times 3 is", return_tensors="pt")
+        model = GPT2LMHeadModel.from_pretrained(checkpoint).eval()
+        output = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0]
+        assert done.stdout.strip() == repr(tokenizer.decode(output, skip_special_tokens=True))
+        config = json.loads((checkpoint / "config.json").read_text())
+        assert config["model_type"] == "gpt2" and config["vocab_size"] == 300 and config["use_cache"]
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_two_ranks_train_what_one_trains(one_rank, texts, tmp_path, nodes):
+    """Two ranks of one machine, then two machines of one rank: half the accumulation, the same losses.
+
+    They start without shards together, so one of them makes these and the other waits.
+    """
+    arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--output_dir"]
+    if nodes == 1:
+        done = [launch("multi_cpu", *arguments, tmp_path / "run")]
+    else:
+        place = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29611")
+        started = [
+            subprocess.Popen(
+                # Each node saves into a folder of its own, as machines without a common disk do.
+                command("multi_cpu", *arguments, tmp_path / name, launcher=(*place, "--machine_rank", str(rank))),
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, name in enumerate(("run", "other"))
+        ]
+        done = [
+            subprocess.CompletedProcess(process.args, process.returncode, *output)
+            for process, output in [(process, process.communicate(timeout=300)) for process in started]
+        ]
+    assert all(process.returncode == 0 for process in done), [process.stderr for process in done]
+    assert "2 rank(s)" in done[0].stdout
+    run = tmp_path / "run"
+    assert logged(run, "loss") == pytest.approx(logged(one_rank, "loss"), rel=1e-6)
+    assert logged(run, "eval_loss") == pytest.approx(logged(one_rank, "eval_loss"), rel=1e-6)
+    files = sorted(path.name for path in (texts / "data").glob("*.bin"))
+    assert [(tmp_path / "data" / name).read_bytes() for name in files] == [
+        (texts / "data" / name).read_bytes() for name in files
+    ]
+
+
+def test_killed_and_resumed_ends_with_the_same_bits(texts, tmp_path):
+    """SIGTERM to the launcher: its ranks agree on a step, save and stop; resumed, they end as the whole run did."""
+    arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--max_steps", "150"]
+    arguments += ["--eval_strategy", "no", "--save_steps", "1000", "--output_dir"]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert launch("multi_cpu", *arguments, whole).returncode == 0
+    process = subprocess.Popen(
+        command("multi_cpu", *arguments, stopped), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (
+        (stopped / "log.jsonl").exists() and max(logged(stopped, "loss"), default=0)
+    ):
+        time.sleep(0.05)
+    process.terminate()
+    assert "stopped by a signal" in process.communicate(timeout=120)[0]
+    step = int(next(stopped.glob("checkpoint-*")).name.split("-")[1])
+    assert 0 < step < 150
+    done = launch("multi_cpu", *arguments, stopped, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    assert list(logged(stopped, "loss")) == list(range(1, 151))
+    expected, found = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+def test_wandb_works_where_nobody_is_logged_in(texts, tmp_path):
+    arguments = [
+        *TINY,
+        "--text_files",
+        texts / "*.txt",
+        "--data_dir",
+        texts / "data",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    done = subprocess.run(
+        [sys.executable, ROOT / "recipes/pretrain.py", *map(str, arguments), "--report_to", "wandb"],
+        cwd=tmp_path,
+        env={**environment, "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("**/offline-run-*/*.wandb"))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--text_files", "{tmp}/none/*.txt"], "none/*.txt"),
+        (["--text_files", "{tmp}/binary.txt"], "binary.txt"),
+        (["--text_files", "{tmp}/short.txt", "--validation_split", "tail"], "block_size"),
+        (["--text_files", "{tmp}/short.txt", "--n_head", "5"], "n_embd=32 is not divisible by n_head=5"),
+        (["--text_files", "{tmp}/short.txt", "--total_batch_tokens", "500"], "total_batch_tokens=500"),
+        (["--learning_rat", "1"], "did you mean --learning_rate?"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, arguments, message, monkeypatch, capsys):
+    """No traceback, status 2, and no run folder."""
+    (tmp_path / "binary.txt").write_bytes(b"\x00\x01\x02" * 100)
+    (tmp_path / "short.txt").write_text("too short")
+    arguments = [text.format(tmp=tmp_path) for text in arguments]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY, *arguments, "--output_dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+    assert stopped.value.code == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and message in line
+    assert not (tmp_path / "run").exists()

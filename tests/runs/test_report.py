@@ -1,0 +1,362 @@
+"""The report's page stands alone, shows what the log says, and says nothing that should stay at home."""
+
+import copy
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_run import end, loss, start, write_log
+
+import small_run
+from llmkit import cli
+from llmkit.runs.report import page, run_names, write_report
+from llmkit.runs.report.curves import charts, moving_average, thin, tokens
+from llmkit.runs.report.summary import duration, public, quantity, state
+from llmkit.runs.run import load_run
+
+LOGGED = [2.5 + 1 / step for step in range(1, 21)]
+HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; \u2028 \ud83d"
+
+
+def records(learning_rate: float = 0.01) -> list[dict]:
+    """The log of a short run that was resumed once."""
+    log = [start(0, 1000.0, learning_rate=learning_rate)]
+    log += [loss(step, 1000.0 + step, value, grad_norm=0.5) for step, value in enumerate(LOGGED[:10], 1)]
+    log += [{"step": 10, "time": 1012.0, "eval_loss": 2.75, "eval_perplexity": 15.6, "eval_runtime": 1.0}]
+    log += [{"step": 10, "time": 1013.0, "prompt": "def", "sample": "def one"}]
+    log += [start(10, 9000.0, learning_rate=learning_rate)]
+    log += [loss(step, 8990.0 + step, value, grad_norm=0.5) for step, value in enumerate(LOGGED[10:], 11)]
+    log += [{"step": 20, "time": 9011.0, "eval_loss": 2.5, "eval_perplexity": 12.2, "eval_runtime": 1.0}]
+    log += [{"step": 20, "time": 9011.0, "hellaswag/acc": 0.25, "hellaswag/acc_norm": 0.27, "hellaswag/questions": 9}]
+    return [*log, {"step": 20, "time": 9012.0, "prompt": "def", "sample": "def two"}, end(20, 9012.0)]
+
+
+class Page(HTMLParser):
+    """What a browser would find in the page: its elements, the text of each kind, and the embedded data."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[str] = []  # of each element, up to where the next one begins
+        self.feed(text)
+        self.close()
+        [source] = [text for text in self.of("script") if text.startswith("{")]
+        self.data = json.loads(source, parse_constant=lambda name: pytest.fail(f"JSON.parse refuses {name}"))
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append("")
+
+    def handle_data(self, data):
+        if self.texts:
+            self.texts[-1] += data
+
+    def of(self, tag: str) -> list[str]:
+        return [text for text, (found, _) in zip(self.texts, self.elements, strict=True) if found == tag]
+
+
+def show(*folders: Path) -> Page:
+    return Page(page([load_run(folder) for folder in folders], now=10_000.0))
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return write_log(tmp_path / "it", records())
+
+
+def test_the_page_loads_nothing(run):
+    found = show(run)
+    assert [tag for tag, _ in found.elements].count("script") == 2
+    for tag, attributes in found.elements:
+        assert tag not in ("link", "img", "iframe", "base", "object")
+        assert not attributes.keys() & {"src", "href", "srcset", "background", "onload", "onerror"}
+    [style] = found.of("style")
+    assert "url(" not in style and "@import" not in style
+    text = page([load_run(run)], now=10_000.0)
+    assert set(re.findall(r"https?://[^\"']*", text)) == {"http://www.w3.org/2000/svg"}  # the name of SVG's elements
+    assert not re.search(r"\bfetch\(|XMLHttpRequest|import\(|innerHTML", text)
+    assert "default-src 'none'" in text
+
+
+def test_the_embedded_data_is_the_log(run):
+    [shown] = show(run).data["runs"]
+    for key, where in (("loss", "loss"), ("eval_loss", "eval_loss"), ("grad_norm", "grad_norm")):
+        of_log = [record for record in records() if where in record]
+        curve = shown["curves"][key]
+        axis = shown["axes"][curve["axis"]]
+        assert curve["values"] == pytest.approx([record[key] for record in of_log], rel=1e-6)
+        assert axis["step"] == [record["step"] for record in of_log]
+        assert axis["tokens"] == [100 * record["step"] for record in of_log]
+    assert shown["curves"].keys() == {
+        *("loss", "eval_loss", "eval_perplexity", "grad_norm", "hellaswag/acc", "hellaswag/acc_norm")
+    }
+    assert shown["samples"] == [{"prompt": "def", "steps": [10, 20], "texts": ["def one", "def two"]}]
+    assert "validation loss 2.5000, perplexity 12.20, HellaSwag acc_norm 27.0%" in shown["headline"]
+    assert "A GPT-2 of 12.3k parameters" in shown["headline"] and "2k tokens in 25 s" in shown["headline"]
+    assert shown["state"] == {"kind": "finished", "text": "finished, resumed once"}
+
+
+def test_the_time_is_the_runs_own(run):
+    [shown] = show(run).data["runs"]
+    axis = shown["axes"][shown["curves"]["loss"]["axis"]]
+    # 10 s, then 3 s for evaluation and sample; the two hours until the resume do not count.
+    assert axis["seconds"] == [*range(1, 11), *range(14, 24)]
+    assert shown["resumes"] == {"step": [10], "tokens": [1000], "seconds": [13]}
+    [starts] = [table for table in shown["tables"] if table["title"] == "Starts"]
+    assert [[row[0], row[2], row[3]] for row in starts["rows"]] == [["0", "10", "0:00:13"], ["10", "20", "0:00:12"]]
+
+
+def test_hostile_text_stays_text(tmp_path):
+    log = records()
+    log[0]["run"] = copy.deepcopy(log[0]["run"])
+    for record in log:
+        if "run" in record:
+            record["run"]["data"] = record["run"]["data"] | {"description": HOSTILE}
+        if "sample" in record:
+            record |= {"prompt": HOSTILE, "sample": HOSTILE * 2}
+    folder = write_log(tmp_path / "<b>it", log)
+    (tmp_path / "plain").mkdir()
+    found = show(folder)
+    assert [tag for tag, _ in found.elements].count("script") == 2
+    assert found.data["runs"][0]["samples"][0]["texts"] == [HOSTILE * 2] * 2
+    assert found.of("title")[0].strip() == "<b>it"
+    assert write_report([folder], tmp_path / "page.html").read_text(encoding="utf-8").count("</script>") == 2
+
+
+def test_a_loss_that_is_not_a_number_is_a_gap_and_is_said(tmp_path):
+    log = [start(0, 0.0), loss(1, 1.0), loss(2, 2.0, math.inf, grad_norm=math.nan), loss(3, 3.0, math.nan)]
+    log += [{"step": 3, "time": 3.5, "eval_loss": math.nan, "eval_perplexity": math.inf}]
+    [shown] = show(write_log(tmp_path, log)).data["runs"]
+    assert shown["curves"]["loss"]["values"] == [3.0, None, None]
+    assert ["loss", 2, "inf"] in shown["broken"] and ["loss", 3, "nan"] in shown["broken"]
+    assert shown["state"]["text"] == "loss not finite at step 3"
+
+
+def test_how_a_run_stands_depends_on_its_silence(tmp_path):
+    run = load_run(write_log(tmp_path, [start(0, 0.0), loss(5, 200.0), loss(10, 600.0)]))
+    assert state(run, now=700.0) == {"kind": "running", "text": "running at 50%"}
+    assert state(run, now=600.0 + 3 * 400)["kind"] == "running"  # it was silent for 400 s before
+    assert state(run, now=600.0 + 3 * 400 + 1)["text"].startswith("killed or crashed at 50%: silent since 1970-01-01")
+
+
+def test_a_run_that_has_just_begun_has_a_page(tmp_path):
+    found = show(write_log(tmp_path, [start(0, 0.0)]))
+    assert found.data["charts"] == [] and found.data["runs"][0]["curves"] == {}
+
+
+def test_nothing_private_is_on_the_page(tmp_path):
+    log = records()
+    for record in log:
+        if "run" in record:
+            record["run"] = copy.deepcopy(record["run"])
+            record["run"]["source"] |= {
+                "text_files": ["/home/alice/books/a.txt", "~alice/b.txt"],
+                "tokenizer": "../alice/t",
+            }
+            record["run"]["data"]["description"] = "/home/alice/books (3 files)"
+            record["run"]["arguments"] |= {"hub_token": "hf_secret", "run_name": "it"}
+    text = page([load_run(write_log(tmp_path / "it", log))], now=10_000.0)
+    assert "a.txt" in text
+    for secret in ("alice", "hf_secret", str(tmp_path)):
+        assert secret not in text
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/home/alice/runs/it", "…/it"),
+        ("~/books/*.txt", "…/*.txt"),
+        ("../../alice/it/", "…/it/"),
+        (r"C:\Users\alice\it", "…/it"),
+        ("see /home/alice/a.txt, or /home/alice/b.txt", "see …/a.txt, or …/b.txt"),
+        ("HuggingFaceFW/fineweb-edu (sample-10BT)", "HuggingFaceFW/fineweb-edu (sample-10BT)"),
+        ("runs/it", "runs/it"),
+        ("https://example.org/a/b", "https://example.org/a/b"),
+        (["/a/b/c", 3], ["…/c", 3]),
+    ],
+)
+def test_paths_lose_their_folders(path, shown):
+    assert public(path) == shown
+
+
+def test_a_long_curve_is_thinned_and_keeps_its_extremes():
+    values = np.random.default_rng(0).normal(size=100_000)
+    values[[777, 54_321]] = 50.0, -50.0
+    values[60_000] = np.nan
+    kept = thin(values)
+    assert len(kept) <= 2003
+    assert {0, 777, 54_321, 60_000, 99_999} <= set(kept.tolist())
+    assert (np.diff(kept) > 0).all()
+    # Nothing lies outside what is drawn, anywhere along the curve.
+    for part in np.array_split(np.arange(100_000), 50):
+        inside = values[kept[(kept >= part[0]) & (kept <= part[-1])]]
+        assert np.nanmax(values[part]) == np.nanmax(inside) and np.nanmin(values[part]) == np.nanmin(inside)
+    assert thin(values[:2000]).tolist() == list(range(2000))
+
+
+def test_the_moving_average():
+    values = np.array([1.0, 2, 6, np.nan, 4, 5, 30, 7, 8])
+    expected = [np.mean(values[max(0, i - 2) : i + 3][~np.isnan(values[max(0, i - 2) : i + 3])]) for i in range(2, 7)]
+    assert moving_average(values, 2)[2:7] == pytest.approx(expected)
+    assert moving_average(np.full(100, 3.0), 10) == pytest.approx(np.full(100, 3.0))
+
+
+def test_tokens_lie_between_those_that_were_logged(tmp_path):
+    log = [start(0, 0.0), {"step": 0, "time": 0.0, "eval_loss": 4.0}]
+    log += [
+        {"step": step, "time": 1.0, "loss": 1.0, "trained_tokens": count} for step, count in ((10, 500), (20, 800))
+    ]
+    log += [{"step": step, "time": 2.0, "eval_loss": 4.0} for step in (15, 24)]  # 24: on at the pace of the last
+    assert tokens(load_run(write_log(tmp_path, log))).tolist() == [0, 0, 500, 800, 650, 920]
+
+
+def test_groups_share_a_chart_and_what_is_not_known_has_its_own(tmp_path):
+    log = [start(0, 0.0), loss(1, 1.0), {"step": 3, "time": 2.0, "update_ratio/mlp": 1e-3, "update_ratio/wte": 2e-3}]
+    log += [{"step": 4, "time": 3.0, "my_number": 7, "note": "text", "eval_runtime": 3.0}]
+    found = show(write_log(tmp_path, log)).data
+    lines = {spec["title"]: spec["lines"] for spec in found["charts"]}
+    assert lines["Update-to-weight ratio"] == {"update_ratio/mlp": "mlp", "update_ratio/wte": "wte"}
+    assert lines["my_number"] == {"my_number": "my_number"}
+    assert lines.keys() == {"Loss", "Update-to-weight ratio", "my_number"}
+    assert charts({"lr/mlp"})[0]["group"] is True
+
+
+def test_settings_that_are_not_defaults_stand_apart(run):
+    tables = {table["title"]: dict(table["rows"]) for table in show(run).data["runs"][0]["tables"][:-1]}
+    assert tables["Settings"] == {"learning_rate": "0.01", "max_steps": "20", "n_layer": "2", "output_dir": "…/it"}
+    assert tables["Settings at their defaults"] == {"seed": "42"}
+    assert tables["Data"]["train tokens"] == "5,000 (5k)"
+    assert tables["Data"]["tokens per byte"] == "0.2500 of the validation text (4.00 bytes a token)"
+    assert tables["Data"]["epochs seen"] == "0.400"
+
+
+def test_several_runs_are_told_apart_by_what_differs(run, tmp_path):
+    other = records(learning_rate=0.03)
+    for record in other:
+        if "eval_loss" in record:
+            record["eval_loss"] += 0.1
+    found = show(run, write_log(tmp_path / "other", other)).data
+    differing, final = found["comparison"]
+    assert differing["rows"] == [["learning_rate", "0.01", "0.03"]]
+    rows = {row[0]: row[1:] for row in final["rows"]}
+    assert rows["validation loss"] == ["2.5000", "2.6000"]
+    assert final["best"] == [[0, 0]]  # perplexity and HellaSwag are the same in both
+    assert [shown["name"] for shown in found["runs"]] == ["it", "other"]
+
+
+def test_losses_on_different_data_are_not_ranked(run, tmp_path):
+    other = records()
+    for record in other:
+        if "run" in record:
+            record["run"] = record["run"] | {"data": record["run"]["data"] | {"fingerprint": "another"}}
+        if "eval_loss" in record:
+            record["eval_loss"] += 0.1
+        if "hellaswag/acc_norm" in record:
+            record["hellaswag/acc_norm"] += 0.1
+    final = show(run, write_log(tmp_path / "other", other)).data["comparison"][1]
+    assert [[final["rows"][row][0], column] for row, column in final["best"]] == [["HellaSwag acc_norm", 1]]
+    assert final["note"].endswith("do not compare.")
+
+
+def test_runs_of_one_name_are_told_apart_by_the_folder_above(run, tmp_path):
+    twin = write_log(tmp_path / "elsewhere/it", records())
+    assert run_names([load_run(run), load_run(twin)]) == [f"{tmp_path.name}/it", "elsewhere/it"]
+
+
+def test_a_fine_tune(tmp_path):
+    log = records()
+    for record in log:
+        if "tokens" in record:
+            record["trained_tokens"] = record.pop("tokens")
+        if "run" in record:
+            record["run"] = record["run"] | {
+                "source": {"model": "/home/alice/base"},
+                "data": {
+                    "description": "my chats",
+                    "fingerprint": "f",
+                    "conversations": 10,
+                    "validation_conversations": 2,
+                },
+            }
+    found = show(write_log(tmp_path, log)).data
+    assert found["runs"][0]["headline"].startswith(
+        "A LoRA adapter on base (12.3k parameters) on my chats: 2k answer tokens"
+    )
+    assert found["tokens"] == "answer tokens"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (quantity(999), "999"),
+        (quantity(999.6), "1k"),
+        (quantity(1_234_567), "1.23M"),
+        (quantity(9_999_745_024), "10B"),
+        (duration(59.4), "59 s"),
+        (duration(252), "4 min 12 s"),
+        (duration(3600), "1 h"),
+        (duration(11_130), "3 h 6 min"),
+        (duration(86_400 * 2 + 3 * 3600), "2 d 3 h"),
+    ],
+)
+def test_numbers_for_people(text, expected):
+    assert text == expected
+
+
+def test_the_command(run, tmp_path, capsys):
+    cli.main(["report", str(run)])
+    assert capsys.readouterr().out == f"wrote {run / 'report.html'}\n"
+    assert Page((run / "report.html").read_text(encoding="utf-8")).data["title"] == "it"
+    other = write_log(tmp_path / "other", records(0.03))
+    output = tmp_path / "new/folder/both.html"
+    cli.main(["report", str(run), str(other), str(run), "--output", str(output)])
+    assert Page(output.read_text(encoding="utf-8")).data["title"] == "2 runs: it, other"
+
+
+def test_a_folder_without_a_run_is_one_line_and_nothing_is_written(run, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "missing"):
+        with pytest.raises(SystemExit):
+            cli.main(["report", str(run), str(tmp_path / folder)])
+        assert capsys.readouterr().err.startswith(f"error: {tmp_path / folder} is not the folder of a run")
+    assert not (run / "report.html").exists()
+
+
+def test_a_real_run(data, tmp_path):
+    what = {"eval_strategy": "steps", "eval_steps": 2, "sample_prompts": ["1 times 2"], "sample_tokens": 4}
+    trainer = small_run.trainer(data, tmp_path / "real", **what)
+    trainer.train()
+    [shown] = Page(write_report([tmp_path / "real"]).read_text(encoding="utf-8")).data["runs"]
+    assert shown["state"]["text"] == "finished"
+    assert shown["curves"]["loss"]["values"] == pytest.approx(small_run.losses(trainer), rel=1e-6)
+    assert shown["axes"][shown["curves"]["eval_loss"]["axis"]]["step"] == [2, 4, 6]
+    assert shown["samples"][0]["steps"] == [2, 4, 6]
+    assert f"validation loss {trainer.evaluate()['eval_loss']:.4f}" in shown["headline"]
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_curves(run, tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs Chromium")
+    broken = write_log(tmp_path / "broken", [*records()[:8], loss(8, 1009.0, math.nan)])
+    for folders, lines in (([run], 6), ([run, broken], 8)):
+        path = write_report(folders, tmp_path / "page.html")
+        flags = [
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+        ]
+        command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert "CONSOLE" not in done.stderr, done.stderr
+        drawn = re.findall(r'<path class="line[^>]* d="M([^"]*)"', done.stdout)
+        assert len(drawn) == lines
+        assert "NaN" not in "".join(drawn)

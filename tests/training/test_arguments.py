@@ -1,0 +1,182 @@
+"""Recipes say what is wrong with them in one line, and every shipped one is right."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+
+from llmkit.data.arguments import DataArguments
+from llmkit.data.tokenizer import train_character_tokenizer
+from llmkit.errors import UserError
+from llmkit.model.arguments import REPLACES, ModelArguments
+from llmkit.recipe_parser import RecipeParser
+from llmkit.training.arguments import PretrainArguments, use_one_gpu
+from llmkit.training.pretrain_trainer import keep_sums_in_float32
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHIPPED = sorted(RECIPES.glob("pretrain_*.yaml"))
+
+
+def parse(path: Path, *argv: str):
+    return RecipeParser((DataArguments, ModelArguments, PretrainArguments), path).parse(list(argv))
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_recipes_are_shipped():
+    assert {"pretrain_quickstart", "pretrain_gpt2_124m", "pretrain_characters"} <= {path.stem for path in SHIPPED}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipe(path):
+    """Parses, makes a model, and its header does the arithmetic of its fields."""
+    data, model, args = parse(path)
+    config = model.config()
+    args.set_accumulation(model.block_size or config.n_positions)
+    assert Path(args.output_dir) == Path("runs") / path.stem
+    header = path.read_text().split("\n\n")[0]
+    tokens = args.max_steps * args.total_batch_tokens
+    assert f"{args.max_steps:,} steps x {args.total_batch_tokens:,} = " in header
+    scale, unit = (1e9, "B") if tokens >= 1e9 else (1e6, "M")
+    assert f"= {tokens / scale:.1f}{unit} tokens" in header
+    (step,) = re.findall(r"step +(.*) tokens = (.*)", header)
+    factors = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", step[1].split("(")[0])]
+    assert step[0] == f"{args.total_batch_tokens:,}" and math.prod(factors) == args.total_batch_tokens
+    assert factors[:2] == [args.per_device_train_batch_size, model.block_size or config.n_positions]
+
+
+def test_command_line_wins_and_types_are_read_alike(tmp_path):
+    path = recipe(
+        tmp_path, "learning_rate: 6e-4\nmax_steps: 10\nbf16: false\nsample_prompts: [a b, c]\noutput_dir: x\n"
+    )
+    _, _, args = parse(path, "--max_steps", "20", "--bf16", "true")
+    assert (args.learning_rate, args.max_steps, args.bf16, args.sample_prompts) == (6e-4, 20, True, ["a b", "c"])
+    assert parse(tmp_path / "missing", f"--config={path}")[2].max_steps == 10
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("max_step: 10", r"recipe.yaml: unknown argument max_step: did you mean max_steps\?"),
+        ("max_steps: 10\nseed: 1\nmax_steps: 20", "recipe.yaml.*line 3: key 'max_steps' stands there twice"),
+        ("max_steps: many", "recipe.yaml: --max_steps: invalid int value: 'many'"),
+        ("max_steps: 1.5", "recipe.yaml: --max_steps: invalid int value: '1.5'"),
+        ("max_steps: true", "recipe.yaml: --max_steps: invalid int value: 'True'"),
+        ("bf16: perhaps", "recipe.yaml: --bf16.*perhaps"),
+        ("validation_split: half", "recipe.yaml: --validation_split.*'half'.*document.*tail"),
+        ("- a\n- b", "recipe.yaml: a recipe is"),
+        ("learning_rate: [1, 2]", r"recipe.yaml: learning_rate takes one value, not a list: \[1, 2\]"),
+        ("config: other.yaml", "recipe.yaml: unknown argument config"),
+        ("a: [", "recipe.yaml is not valid YAML"),
+    ],
+)
+def test_bad_recipes(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        parse(recipe(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_bad_command_lines(tmp_path):
+    path = recipe(tmp_path, "output_dir: x\n")
+    for argv, message in [
+        (["--max-step", "3"], r"unknown argument --max-step: did you mean --max[-_]steps\?"),
+        (["--max_steps", "x"], "--max_steps.*invalid int value: 'x'"),
+        (["--config", str(tmp_path / "none.yaml")], "cannot read the recipe .*none.yaml: No such file"),
+        (["--gradient_accumulation_steps", "4"], "derived from total_batch_tokens"),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is not supported"),
+        (["--total_batch_tokens", "0"], "total_batch_tokens=0: must be at least 1"),
+        (["--max_steps", "0"], "nothing to train"),
+        (["--sample_tokens", "0"], "sample_tokens=0: must be at least 1"),
+        (["--learning_rate", "-1"], "cannot be negative"),
+        (["--validation_fraction", "1"], "validation_fraction=1.0: it lies between 0 and 1"),
+        (["--vocab_size", "100"], "vocab_size=100.*at least 257"),
+        (["--report_to", "nonsense"], "report_to=nonsense is not installed here"),
+        (["--lr_scheduler_type", "linear"], "stated here as lr_schedule"),
+        (["--text_files", "a", "--dataset_name", "b"], "both set"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            parse(path, *argv)
+
+
+@pytest.mark.parametrize(
+    "model, message",
+    [
+        ({"n_embd": 100, "n_head": 3}, "n_embd=100 is not divisible by n_head=3: take .* n_embd=99"),
+        ({"n_layer": 0}, "n_layer=0: must be at least 1"),
+        ({"preset": "117M"}, "unknown preset '117M': choose one of 124M"),
+        ({"init_from": "somewhere", "n_layer": 2}, "init_from brings its own shape"),
+        ({"dropout": 2.0}, "dropout=2.0: it lies between 0 and 1"),
+        ({"attn_implementation": "nonsense"}, "attn_implementation=nonsense: choose one of .*sdpa"),
+    ],
+)
+def test_bad_models(model, message):
+    with pytest.raises(UserError, match=message):
+        ModelArguments(**model).config()
+
+
+def test_a_preset_on_the_command_line_replaces_the_files_shape(tmp_path):
+    path = recipe(tmp_path, "n_layer: 2\nn_head: 2\nn_embd: 32\nblock_size: 16\noutput_dir: x\n")
+    parser = RecipeParser((DataArguments, ModelArguments, PretrainArguments), path, replaces=REPLACES)
+    assert parser.parse(["--preset", "355M"])[1].config().num_parameters == 354_823_168
+    assert parser.parse(["--n_layer", "3"])[1].config().n_layer == 3
+
+
+def test_what_the_model_is_made_of(tmp_path):
+    """The attention asked for, the tokenizer's vocabulary, and a checkpoint's own tokenizer."""
+    tokenizer = train_character_tokenizer(["abc"])
+    shape = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": 8}
+    model = ModelArguments(**shape, attn_implementation="eager").model(tokenizer, seed=1)
+    assert model.config._attn_implementation == "eager"
+    assert model.config.vocab_size == len(tokenizer) and model.config.eos_token_id == tokenizer.eos_token_id
+    model.save_pretrained(tmp_path)
+    again = ModelArguments(init_from=str(tmp_path)).model(tokenizer, seed=2)
+    assert torch.equal(again.transformer.wte.weight, model.transformer.wte.weight)
+    with pytest.raises(UserError, match="the tokenizer 6 and"):
+        ModelArguments(init_from=str(tmp_path)).model(train_character_tokenizer(["abcd"]), seed=1)
+    with pytest.raises(UserError, match="block_size=16 is more than .* 8"):
+        ModelArguments(init_from=str(tmp_path), block_size=16).config()
+    with pytest.raises(UserError, match="nowhere"):
+        ModelArguments(init_from=str(tmp_path / "nowhere")).model(tokenizer, seed=1)
+
+
+def test_accumulation_is_derived_from_tokens(tmp_path):
+    args = PretrainArguments(output_dir=str(tmp_path), total_batch_tokens=4096, per_device_train_batch_size=4)
+    args.set_accumulation(block_size=256)
+    assert args.gradient_accumulation_steps == 4
+    args.total_batch_tokens = 5000
+    with pytest.raises(UserError, match="multiple of 1024.*total_batch_tokens 4096 or 5120$"):
+        args.set_accumulation(block_size=256)
+    args.total_batch_tokens = 256 * 6
+    with pytest.raises(UserError, match="total_batch_tokens 1024 or 2048, or per_device_train_batch_size 3$"):
+        args.set_accumulation(block_size=256)
+
+
+def test_precision_is_chosen_from_the_machine(tmp_path):
+    args = PretrainArguments(output_dir=str(tmp_path))
+    if not torch.cuda.is_available():
+        assert args.use_cpu and not args.torch_compile
+        assert args.bf16 == torch.cpu.get_capabilities().get("amx_bf16", False)
+    assert not PretrainArguments(output_dir=str(tmp_path), bf16=False).bf16
+
+
+def test_a_process_keeps_to_one_gpu_and_does_not_wait_for_copies(tmp_path):
+    args = PretrainArguments(output_dir=str(tmp_path), per_device_train_batch_size=3)
+    assert args.accelerator_config.non_blocking == torch.cuda.is_available()
+    args._n_gpu = 4  # what Trainer finds on a machine with four
+    use_one_gpu(args)
+    assert args.train_batch_size == 3
+
+
+def test_fsdp_sums_as_ddp_does():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    plugin.set_mixed_precision("bf16")
+    keep_sums_in_float32(plugin)
+    policy = plugin.mixed_precision_policy
+    assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (torch.bfloat16, torch.float32, None)

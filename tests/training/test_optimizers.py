@@ -1,0 +1,135 @@
+"""Muon with AdamW is both of them, each on its own parameters, and one optimizer to schedules and checkpoints."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from torch.optim import AdamW, Muon
+
+from llmkit import GPT2Config, GPT2LMHeadModel
+from llmkit.errors import UserError
+from llmkit.training.arguments import PretrainArguments
+from llmkit.training.optimizers import MuonWithAdamW
+from small_run import losses, trainer, weights
+
+MUON = {"optim": "muon", "learning_rate": 3e-3, "muon_learning_rate": 2e-2, "weight_decay": 0.1}
+
+
+def named_groups(run) -> list[set[str]]:
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    return [{names[id(p)] for p in group["params"]} for group in run.create_optimizer().param_groups]
+
+
+def test_groups(data, tmp_path):
+    """Every parameter is in one group; matrices of the layers in Muon's; LayerNorms and biases without decay."""
+    run = trainer(data, tmp_path, **MUON)
+    embeddings, vectors, matrices = named_groups(run)
+    assert embeddings == {"transformer.wte.weight", "transformer.wpe.weight"}
+    assert matrices == {
+        f"transformer.h.{n}.{name}.weight"
+        for n in (0, 1)
+        for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    }
+    assert vectors == {name for name, p in run.model.named_parameters() if p.ndim == 1}
+    groups = run.optimizer.param_groups
+    assert [group["lr"] for group in groups] == [3e-3, 3e-3, 2e-2]
+    assert [group["weight_decay"] for group in groups] == [0.1, 0.0, 0.1]
+    decayed, rest = named_groups(trainer(data, tmp_path, weight_decay=0.1))
+    assert decayed == embeddings | matrices and rest == vectors
+
+
+def test_muons_learning_rate_is_the_others_by_default():
+    assert PretrainArguments(output_dir="x", use_cpu=True, optim="muon", learning_rate=2e-3).muon_learning_rate == 2e-3
+
+
+def small_model() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+
+
+def test_a_step_is_muons_and_adamws():
+    """Beside the two optimizers of torch on copies of the parameters, with a schedule that changes the rates."""
+    model = small_model()
+    twin = copy.deepcopy(model)
+    matrices = [[p for p in m.transformer.h.parameters() if p.ndim == 2] for m in (model, twin)]
+    others = [
+        [p for p in m.parameters() if not any(p is q for q in mine)]
+        for m, mine in zip((model, twin), matrices, strict=True)
+    ]
+    both = MuonWithAdamW(AdamW(others[0], lr=1e-2, fused=True), Muon(matrices[0], lr=3e-2))
+    apart = [AdamW(others[1], lr=1e-2, fused=True), Muon(matrices[1], lr=3e-2)]
+    ids = torch.randint(0, 64, (4, 8))
+    for step in range(4):
+        for m in (model, twin):
+            m.zero_grad()
+            m(ids, labels=ids).loss.backward()
+        for group in [*both.param_groups, *(group for optimizer in apart for group in optimizer.param_groups)]:
+            group["lr"] *= 0.7
+        both.step()
+        for optimizer in apart:
+            optimizer.step()
+        if step == 1:  # saved and loaded in the middle
+            state = copy.deepcopy(both.state_dict())
+            both = MuonWithAdamW(AdamW(others[0], lr=1.0, fused=True), Muon(matrices[0], lr=1.0))
+            both.load_state_dict(state)
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert set(both.state) == set(model.parameters())
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (16, 16), (64, 16)])
+def test_the_update_does_not_ask_for_the_orientation(shape):
+    """A matrix stored as (in, out), as here, and its transpose, as in nn.Linear, take the same step."""
+    torch.manual_seed(0)
+    matrix, gradient = torch.randn(shape), torch.randn(shape)
+    ours, linears = torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(matrix.T.contiguous())
+    ours.grad, linears.grad = gradient.clone(), gradient.T.contiguous()
+    for parameter in (ours, linears):
+        Muon([parameter], lr=1e-2, adjust_lr_fn="match_rms_adamw").step()
+    step = ours - matrix
+    difference = (step - (linears - matrix.T).T).norm() / step.norm()
+    assert difference < 0.02, "more than the rounding of the iteration, which is done in bfloat16"
+    size = (step + 1e-2 * 0.1 * matrix).square().mean().sqrt()  # without the weight decay
+    assert 0.1 < size / 1e-2 < 0.3, "a step has about the root mean square of AdamW's, 0.2 of the learning rate"
+
+
+def test_resumed_run_ends_with_the_same_bits(data, tmp_path):
+    how = {**MUON, "save_strategy": "steps", "save_steps": 4, "max_steps": 8, "per_device_train_batch_size": 4}
+    whole = trainer(data, tmp_path / "whole", **how)
+    whole.train()
+    assert losses(whole)[-1] < losses(whole)[0] - 0.5, "nothing was learned"
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    again = trainer(data, tmp_path / "again", **how)
+    again.train(resume_from_checkpoint=str(tmp_path / "again" / "checkpoint-4"))
+    assert losses(again)[-4:] == losses(whole)[-4:]
+    assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(whole).items())
+    run = trainer(data, tmp_path / "whole", **{**how, "muon_learning_rate": 1e-2})
+    with pytest.raises(UserError, match="resumed with muon_learning_rate=0.01, and its run had 0.02"):
+        run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+
+
+def test_the_log_has_both_rates(data, tmp_path):
+    run = trainer(data, tmp_path, **MUON, warmup_steps=3)
+    run.train()
+    rates = [(e["learning_rate"], e["lr/muon"]) for e in run.state.log_history if "loss" in e]
+    assert rates[0] == pytest.approx((1e-3, 2e-2 / 3)) and rates[2] == pytest.approx((3e-3, 2e-2))
+    assert "muon, lr 0.02, and adamw, lr 0.003" in run.summary()
+
+
+def test_what_is_refused(data, tmp_path, monkeypatch):
+    for given, message in [
+        ({"optim": "muon", "fsdp": True}, "optim: muon needs whole matrices, and FSDP shards them"),
+        ({"optim": "muon", "optim_args": "a=1"}, "optim_args is not for optim: muon"),
+        ({"optim": "muon", "muon_learning_rate": 0.0}, "above 0"),
+        ({"muon_learning_rate": 0.1}, "muon_learning_rate is for optim: muon, not adamw_torch_fused"),
+        ({"optim": "muon", "lr_schedule": "one_cycle"}, "one_cycle cycles Adam's beta1, which Muon has not"),
+        ({"optim": "moun"}, "moun"),
+    ]:
+        with pytest.raises((UserError, ValueError), match=message):
+            PretrainArguments(output_dir=str(tmp_path), use_cpu=True, **given)
+    with pytest.raises(UserError, match="one_cycle cycles beta1 or momentum, and optim=adafactor has neither"):
+        trainer(data, tmp_path, optim="adafactor", lr_schedule="one_cycle").train()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="FSDP shards them"):
+        PretrainArguments(output_dir=str(tmp_path), use_cpu=True, optim="muon")

@@ -1,0 +1,219 @@
+"""The Trainer trains what it says: the same loss however a step is cut up, exact resume, exact evaluation."""
+
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkit.data.windows import TokenWindows
+from llmkit.errors import UserError
+from llmkit.training.arguments import PretrainArguments
+from llmkit.training.checkpoints import checkpoint_to_resume
+from small_run import BLOCK, losses, trainer, weights
+
+
+def test_accumulation_does_not_change_the_loss(data, tmp_path):
+    runs = []
+    for size in (8, 4, 1):
+        run = trainer(data, tmp_path / str(size), per_device_train_batch_size=size)
+        run.train()
+        assert run.args.gradient_accumulation_steps == 8 // size
+        runs.append(run)
+    assert losses(runs[0])[-1] < losses(runs[0])[0] - 0.5, "nothing was learned"
+    for run in runs[1:]:
+        assert losses(run) == pytest.approx(losses(runs[0]), rel=1e-6)
+
+
+class RaggedWindows(TokenWindows):
+    """Windows of which only some targets count, a different number in each."""
+
+    def __getitems__(self, indices):
+        batch = super().__getitems__(indices)
+        for row, index in enumerate(indices):
+            batch["shift_labels"][row, 1 + index % (BLOCK - 1) :] = -100
+        return batch
+
+
+RAGGED = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from llmkit.data.manifest import load_manifest
+from llmkit.data.tokenizer import load_tokenizer
+from small_run import losses, trainer
+from test_trainer import RaggedWindows
+data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
+run = trainer(data, sys.argv[4], windows=RaggedWindows, per_device_train_batch_size=2)
+run.train()
+if run.is_world_process_zero():
+    print("losses", json.dumps(losses(run)))
+"""
+
+
+def test_ragged_targets_on_ranks_and_micro_batches(data, tmp_path):
+    """Eight windows a step, with 1 to 15 targets each: 1 x 8, 4 x 2, and two ranks of 2 x 2 have one loss."""
+    manifest, tokenizer = data
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = []
+    for size in (8, 2):
+        run = trainer(data, tmp_path / str(size), windows=RaggedWindows, per_device_train_batch_size=size)
+        run.train()
+        found.append(losses(run))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    (tmp_path / "ragged.py").write_text(RAGGED)
+    places = [Path(__file__).parents[1], manifest.directory, tmp_path / "tokenizer", tmp_path / "ranks"]
+    done = subprocess.run([*command, tmp_path / "ragged.py", *places], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found.append(json.loads(done.stdout.split("losses ")[1].splitlines()[0]))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_first_loss_is_the_models(data, tmp_path):
+    """Trainer's figure is the mean cross-entropy of the step's windows, and about ln(vocabulary) at the start."""
+    run = trainer(data, tmp_path, per_device_train_batch_size=2)
+    batches = list(run.get_train_dataloader())[:4]
+    with torch.no_grad():
+        logits = [run.model.eval()(batch["input_ids"]).logits for batch in batches]
+    targets = torch.cat([batch["shift_labels"] for batch in batches])
+    expected = torch.nn.functional.cross_entropy(torch.cat(logits).flatten(0, 1), targets.flatten()).item()
+    run.train()
+    assert losses(run)[0] == pytest.approx(expected, rel=1e-6)
+    assert losses(run)[0] == pytest.approx(math.log(300), abs=0.2)
+
+
+def test_resumed_run_ends_with_the_same_bits(data, tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "per_device_train_batch_size": 4}
+    whole = trainer(data, tmp_path / "whole", **how)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "again" / "checkpoint-4")
+    again = trainer(data, tmp_path / "again", **how, resume_from_checkpoint="latest")
+    again.train(resume_from_checkpoint=checkpoint_to_resume(again.args))
+    assert losses(again)[-6:] == losses(whole)[-6:]
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(again)[name]), name
+
+
+def test_evaluation_is_weighted_by_tokens(data, tmp_path):
+    """The last window is short and the last batch filled up; neither may count for more than its tokens."""
+    run = trainer(data, tmp_path, per_device_eval_batch_size=7)
+    metrics = run.evaluate()
+    manifest, _ = data
+    windows = TokenWindows(manifest, "validation", BLOCK)
+    assert len(windows) % 7 and (windows.num_tokens - 1) % BLOCK, "this set would not show a mistake"
+    nats = tokens = 0.0
+    for window in windows:
+        with torch.no_grad():
+            logits = run.model(window["input_ids"][None]).logits[0]
+        nats += torch.nn.functional.cross_entropy(logits, window["shift_labels"], reduction="sum").item()
+        tokens += (window["shift_labels"] != -100).sum().item()
+    assert tokens == windows.num_tokens - 1
+    assert metrics["eval_loss"] == pytest.approx(nats / tokens, rel=1e-6)
+    assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
+    bits = nats / tokens * windows.num_tokens / math.log(2) / manifest.splits["validation"].bytes
+    assert metrics["eval_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_what_is_logged(data, tmp_path):
+    run = trainer(data, tmp_path, eval_strategy="steps", eval_steps=3, sample_prompts=["3 times"], sample_tokens=5)
+    run.train()
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["run"]["data"]["train_tokens"] == run.train_dataset.num_tokens
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
+    for line in steps:
+        assert {"learning_rate", "grad_norm", "tokens_per_second", "tokens", "epoch"} <= line.keys()
+        assert line["tokens"] == line["step"] * 8 * BLOCK
+        assert line["epoch"] == pytest.approx(line["tokens"] / run.train_tokens)
+        assert "mfu" not in line, "a CPU's peak is not known"
+    assert [line["step"] for line in lines if "eval_bits_per_byte" in line] == [3, 6]
+    samples = [line["sample"] for line in lines if "sample" in line]
+    assert len(samples) == 2 and all(text.startswith("3 times") for text in samples)
+
+
+def test_samples_leave_training_alone(data, tmp_path):
+    plain = trainer(data, tmp_path / "a", eval_strategy="steps", eval_steps=2)
+    sampled = trainer(data, tmp_path / "b", eval_strategy="steps", eval_steps=2, sample_prompts=["1 times"])
+    plain.train()
+    sampled.train()
+    assert losses(plain) == losses(sampled)
+
+
+def test_a_prompt_longer_than_the_context_is_refused(data, tmp_path):
+    with pytest.raises(UserError, match="the sample prompt '0000.* tokens, the model's context 16: shorten it"):
+        trainer(data, tmp_path, sample_prompts=["0" * 99])
+
+
+def test_summary_states_the_run(data, tmp_path):
+    text = trainer(data, tmp_path, per_device_train_batch_size=2).summary()
+    assert "128 tokens = 2 x 16 x 4 accumulated x 1 rank(s)" in text
+    assert "6 steps = 768 tokens" in text
+    assert f"{data[0].splits['train'].tokens:,} tokens to train on" in text
+
+
+def test_epochs_become_steps(data, tmp_path):
+    run = trainer(data, tmp_path, max_steps=-1, num_train_epochs=2)
+    assert run.args.max_steps == round(2 * len(run.train_dataset) / 8)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
+    run = trainer(data, tmp_path, learning_rate=1e30, max_grad_norm=0.0)
+    with pytest.raises(UserError, match="the loss is (nan|inf) at step .*: lower learning_rate"):
+        run.train()
+
+
+def test_checkpoints_to_resume(data, tmp_path):
+    def args(**arguments) -> PretrainArguments:
+        return PretrainArguments(output_dir=str(tmp_path / "run"), **arguments)
+
+    assert checkpoint_to_resume(args()) is None
+    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) is None
+    trainer(data, tmp_path / "run", save_strategy="steps", save_steps=2).train()
+    (tmp_path / "run" / "checkpoint-best").mkdir()
+    *_, earlier, last = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4, 6))
+    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(last)
+    with pytest.raises(UserError, match="holds the checkpoints of a run.*--resume_from_checkpoint latest"):
+        checkpoint_to_resume(args())
+    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"):
+        whole = (last / name).read_bytes()
+        (last / name).write_bytes(whole[: len(whole) // 2])
+        assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(earlier)
+        with pytest.raises(UserError, match=f"checkpoint-6 is not a whole checkpoint: {name} is cut short"):
+            checkpoint_to_resume(args(resume_from_checkpoint=str(last)))
+        (last / name).unlink()
+        assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(earlier)
+        (last / name).write_bytes(whole)
+    assert checkpoint_to_resume(args(resume_from_checkpoint=str(earlier))) == str(earlier)
+
+
+def test_resuming_with_other_settings_is_refused(data, tmp_path):
+    """What the optimizer's state would override, what would give other batches, and another model."""
+    how = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(data, tmp_path, **how).train()
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')  # as a kill leaves it
+    changes = {"learning_rate": 1e-5, "total_batch_tokens": 16 * BLOCK, "seed": 7, "weight_decay": 0.2}
+    for name, value in changes.items():
+        with pytest.raises(UserError, match=f"checkpoint-2 would be resumed with {name}={value}, and its run had"):
+            trainer(data, tmp_path, **how, **{name: value}).train(
+                resume_from_checkpoint=str(tmp_path / "checkpoint-2")
+            )
+    run = trainer(data, tmp_path / "elsewhere", **how)
+    run.record["model"]["config"]["n_head"] = 4
+    with pytest.raises(UserError, match="resumed with n_head=4, and its run had 2"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_resuming_on_other_data_is_refused(data, tmp_path):
+    how = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(data, tmp_path, **how).train()
+    manifest, tokenizer = data
+    other = dataclasses.replace(manifest, settings={**manifest.settings, "corpus": "another"})
+    run = trainer((other, tokenizer), tmp_path, **how)
+    with pytest.raises(UserError, match="was trained on other data"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -1,0 +1,78 @@
+"""One launch of two ranks for what has to be the same at one: schedules, Muon, growing batches, what is watched."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_schedules import expected_one_cycle
+
+from small_run import BLOCK, trainer
+
+TOGETHER = {"optim": "muon", "weight_decay": 0.1, "max_steps": 4, "per_device_train_batch_size": 4, "warmup_steps": 2}
+TOGETHER |= {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 16 * BLOCK, "monitor_steps": 2, "hellaswag_steps": 4}
+WATCHED = ("loss", "tokens", "learning_rate", "lr/", "grad_norm", "param_norm", "update_ratio", "hellaswag")
+SCRIPT = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from llmkit.data.manifest import load_manifest
+from llmkit.data.tokenizer import load_tokenizer
+from test_schedules import watched
+from test_two_ranks import train_together
+data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
+found = watched(data, sys.argv[4] + "/one_cycle")
+train_together(data, sys.argv[4] + "/together", sys.argv[5])
+print("found", json.dumps(found))
+"""
+
+
+def train_together(data, output_dir, questions) -> None:
+    run = trainer(data, output_dir, **TOGETHER, hellaswag_file=questions)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that sums have one order in both, for Muon rounds them to bfloat16
+    run.train()
+    torch.set_num_threads(threads)
+    run.save_model()
+
+
+@pytest.fixture(scope="module")
+def two_ranks(data, hellaswag, tmp_path_factory) -> tuple[Path, list]:
+    """The folder of the runs, and what each rank printed."""
+    manifest, tokenizer = data
+    folder = tmp_path_factory.mktemp("ranks")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", folder / "script.py"]
+    places = [Path(__file__).parents[1], manifest.directory, folder / "tokenizer", folder, hellaswag]
+    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return folder, [json.loads(text.splitlines()[0]) for text in done.stdout.split("found ")[1:]]
+
+
+def test_each_rank_steps_its_schedule_once_a_step(two_ranks):
+    assert two_ranks[1] == [[list(pair) for pair in expected_one_cycle()]] * 2
+
+
+def test_muon_on_growing_batches_and_what_is_watched(two_ranks, data, hellaswag, tmp_path):
+    train_together(data, tmp_path, hellaswag)
+    run = two_ranks[0] / "together"
+    expected, found = load_file(tmp_path / "model.safetensors"), load_file(run / "model.safetensors")
+    assert expected.keys() == found.keys() and all((expected[name] == found[name]).all() for name in expected)
+    logs = []
+    for folder in (tmp_path, run):
+        records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()[1:]]
+        logs.append(
+            [
+                {k: v for k, v in record.items() if k.startswith(WATCHED) and k != "tokens_per_second"}
+                for record in records
+            ]
+        )
+    assert [sorted(record) for record in logs[0]] == [sorted(record) for record in logs[1]]
+    assert sum("hellaswag/acc" in record for record in logs[0]) == 1
+    assert sum("update_ratio/mlp" in record for record in logs[0]) > 1
+    for expected, found in zip(*logs, strict=True):
+        assert found == pytest.approx(expected, rel=1e-6)
