@@ -343,7 +343,7 @@ def test_number_of_workers_does_not_matter(tmp_path, bpe, monkeypatch):
 PREPARE = """
     import os, signal, sys, time
     from pathlib import Path
-    sys.path.insert(0, {tests!r})
+    sys.path[:0] = {tests!r}
     from test_shards import DOCUMENTS, ListCorpus
     from llmkit.data.shards import prepare_shards
     from llmkit.data.tokenizer import load_tokenizer
@@ -370,8 +370,8 @@ PREPARE = """
 
 def start(tmp_path, mode, bpe):
     bpe.save_pretrained(tmp_path / "tokenizer")
-    code = "import llmkit.data.holdout\nllmkit.holdout.BATCH_CHARACTERS = 1000\n" + textwrap.dedent(PREPARE)
-    code = code.format(tests=str(Path(__file__).parents[1]))
+    code = "import llmkit.data.holdout\nllmkit.data.holdout.BATCH_CHARACTERS = 1000\n" + textwrap.dedent(PREPARE)
+    code = code.format(tests=[str(folder) for folder in Path(__file__).parents[:2]])
     command = [sys.executable, "-c", code, str(tmp_path / "shards"), mode, str(tmp_path / "tokenizer")]
     return subprocess.Popen(
         command, cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -41,12 +41,12 @@ class RaggedWindows(TokenWindows):
 
 
 RAGGED = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json, os, sys
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from llmkit.data.manifest import load_manifest
 from llmkit.data.tokenizer import load_tokenizer
 from small_run import losses, trainer
-from test_trainer import RaggedWindows
+from test_pretrain_trainer import RaggedWindows
 data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
 run = trainer(data, sys.argv[4], windows=RaggedWindows, per_device_train_batch_size=2)
 run.train()
@@ -66,7 +66,7 @@ def test_ragged_targets_on_ranks_and_micro_batches(data, tmp_path):
         found.append(losses(run))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
     (tmp_path / "ragged.py").write_text(RAGGED)
-    places = [Path(__file__).parents[1], manifest.directory, tmp_path / "tokenizer", tmp_path / "ranks"]
+    places = [Path(__file__).parent, manifest.directory, tmp_path / "tokenizer", tmp_path / "ranks"]
     done = subprocess.run([*command, tmp_path / "ragged.py", *places], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found.append(json.loads(done.stdout.split("losses ")[1].splitlines()[0]))

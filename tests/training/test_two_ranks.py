@@ -16,8 +16,8 @@ TOGETHER = {"optim": "muon", "weight_decay": 0.1, "max_steps": 4, "per_device_tr
 TOGETHER |= {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 16 * BLOCK, "monitor_steps": 2, "hellaswag_steps": 4}
 WATCHED = ("loss", "tokens", "learning_rate", "lr/", "grad_norm", "param_norm", "update_ratio", "hellaswag")
 SCRIPT = """
-import json, sys
-sys.path.insert(0, sys.argv[1])
+import json, os, sys
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from llmkit.data.manifest import load_manifest
 from llmkit.data.tokenizer import load_tokenizer
 from test_schedules import watched
@@ -47,7 +47,7 @@ def two_ranks(data, hellaswag, tmp_path_factory) -> tuple[Path, list]:
     (folder / "script.py").write_text(SCRIPT)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
     command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", folder / "script.py"]
-    places = [Path(__file__).parents[1], manifest.directory, folder / "tokenizer", folder, hellaswag]
+    places = [Path(__file__).parent, manifest.directory, folder / "tokenizer", folder, hellaswag]
     done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return folder, [json.loads(text.splitlines()[0]) for text in done.stdout.split("found ")[1:]]
