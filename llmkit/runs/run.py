@@ -9,6 +9,20 @@ from pathlib import Path
 from llmkit.errors import UserError
 
 LOG = "log.jsonl"
+PRETRAINING, FINE_TUNING = "pretraining", "fine-tuning"
+# What a run's record has at least. A part that a damaged log lacks, or has as another type, reads as it stands here.
+LEAST_RECORD = {
+    "arguments": {},
+    "defaults": {},
+    "source": {},
+    "decisive": {},
+    "model": {"parameters": 0, "attention": "unknown", "config": {}},
+    "data": {"description": "unknown data", "fingerprint": "unknown"},
+    "machine": {"device": "unknown device", "ranks": 1},
+    "versions": {},
+}
+TEXTS = ("prompt", "sample")  # what a log holds beside numbers and the run's record
+YEAR_10000 = 253_402_300_800  # in seconds since the epoch: the first moment that Python has no date for
 
 
 @dataclass(frozen=True)
@@ -50,12 +64,32 @@ class Run:
     @property
     def progress(self) -> float | None:
         """The part of the planned steps, or passes over the data, that is done; None before anything is logged."""
-        arguments = self.record["arguments"]
-        # `steps` are Trainer's: more than max_steps, which counts full batches, where the first ones are smaller.
-        if (steps := self.record.get("steps", arguments.get("max_steps", -1))) > 0:
+        if (steps := self.planned_steps) is not None:
             return self.log[-1]["step"] / steps
         epochs = [record["epoch"] for record in self.log if "epoch" in record]
-        return epochs[-1] / arguments.get("num_train_epochs", 3) if epochs else None  # 3: Trainer's default
+        planned = self.record["arguments"].get("num_train_epochs", 3)  # 3 is Trainer's default
+        return epochs[-1] / planned if epochs and _is_number(planned) and planned > 0 else None
+
+    @property
+    def planned_steps(self) -> int | None:
+        """Trainer's steps of the whole run; None where it is planned in passes over the data.
+
+        They are more than `max_steps`, which counts full batches, where the first batches are smaller.
+        """
+        steps = self.record.get("steps", self.record["arguments"].get("max_steps"))
+        return steps if type(steps) is int and steps > 0 else None
+
+    @property
+    def kind(self) -> str:
+        """`pretraining` or `fine-tuning`. Logs of llmkit 0.1 do not say it, but what their data was."""
+        if isinstance(told := self.record.get("kind"), str):
+            return told
+        return FINE_TUNING if "conversations" in self.record["data"] else PRETRAINING
+
+    @property
+    def counted(self) -> str:
+        """What its tokens are called: a fine-tuning run counts those that it learned from, not all that it read."""
+        return "tokens" if self.kind == PRETRAINING else "answer tokens"
 
     def seconds(self) -> list[float]:
         """Seconds of running at each record of `log`.
@@ -73,12 +107,49 @@ class Run:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a `log.jsonl`, without a last line that a kill cut short."""
+    """The records of a `log.jsonl`.
+
+    A line that is no record is left out: the last one where a kill has cut it short, or one that something else wrote.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().split(b"\n"):
+        # RecursionError: brackets in brackets, thousands of them.
+        with suppress(ValueError, RecursionError):
+            record = json.loads(line)
+            if isinstance(record, dict) and _has_step_and_time(record):
+                records.append(record)
     return records
+
+
+def _has_step_and_time(record: dict) -> bool:
+    step, time = record.get("step"), record.get("time")
+    return type(step) is int and 0 <= step < 2**53 and _is_number(time) and 0 <= time < YEAR_10000
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number that an array of float64 can hold; NaN and infinity are."""
+    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+
+
+def _readable(record: dict) -> dict:
+    """A line of the log, without what is neither a number nor the record of a run nor a sample."""
+    kept = {key: value for key, value in record.items() if _is_number(value) and key not in TEXTS}
+    if isinstance(record.get("run"), dict):
+        kept["run"] = _completed(record["run"], LEAST_RECORD)
+    if all(isinstance(record.get(key), str) for key in TEXTS):
+        kept |= {key: record[key] for key in TEXTS}
+    return kept
+
+
+def _completed(given: dict, least: dict) -> dict:
+    """What is given, with what it lacks taken from `least`."""
+    completed = dict(given)
+    for key, value in least.items():
+        if not isinstance(given.get(key), type(value)):
+            completed[key] = value
+        elif value and isinstance(value, dict):
+            completed[key] = _completed(given[key], value)
+    return completed
 
 
 def load_run(folder: str | Path) -> Run:
@@ -90,10 +161,14 @@ def load_run(folder: str | Path) -> Run:
     folder = Path(folder)
     if not (folder / LOG).exists() and (folder.parent / LOG).exists() and folder.name.startswith("checkpoint-"):
         folder = folder.parent
-    log = read_log(folder / LOG) if (folder / LOG).is_file() else []
+    try:
+        log = [_readable(record) for record in read_log(folder / LOG)] if (folder / LOG).is_file() else []
+    except OSError as error:
+        raise UserError(f"cannot read {folder / LOG}: {error.strerror}") from error
     starts = [record for record in log if "run" in record]
     if not starts:
-        raise UserError(f"{folder} is not the folder of a run: no {LOG} with its record is there")
+        raise UserError(f"{folder} is not the folder of a run: it has no {LOG} with the record of one")
+    log = log[log.index(starts[0]) :]
     ends = [record for record in log[log.index(starts[-1]) :] if "train_runtime" in record]  # an earlier stop is none
     return Run(
         folder=folder,

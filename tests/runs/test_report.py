@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_run import end, loss, start, write_log
+from test_run import RECORD, end, loss, start, write_log
 
 import small_run
 from llmkit import cli
@@ -148,6 +148,35 @@ def test_how_a_run_stands_depends_on_its_silence(tmp_path):
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
     found = show(write_log(tmp_path, [start(0, 0.0)]))
     assert found.data["charts"] == [] and found.data["runs"][0]["curves"] == {}
+
+
+@pytest.mark.parametrize(
+    "record", [{}, {key: 3 for key in RECORD}, {"data": {"tokens_per_byte": 0, "train_tokens": "x"}}]
+)
+def test_a_log_that_is_damaged_has_a_page(record, run, tmp_path):
+    odd = {"step": 5, "time": 1.0, "loss": "x", "eval_loss": None, "prompt": 1, "sample": 2, "tokens_per_second": []}
+    folder = write_log(tmp_path / "odd", [{"step": 0, "time": 0.0, "run": record}, odd, loss(6, 2.0)], cut="\x00{")
+    assert show(folder).data["runs"][0]["curves"]["loss"]["values"] == [3.0]
+    assert len(show(run, folder).data["runs"]) == 2
+
+
+def test_runs_of_different_kinds_share_a_page(run, tmp_path):
+    log = [{"step": 0, "time": 0.0, "run": {"kind": "fine-tuning", "source": {"model": "microsoft/phi-2"}}}]
+    log += [{"step": step, "time": 1.0, "loss": 2.0, "trained_tokens": 10 * step} for step in (1, 2)]
+    data = show(run, write_log(tmp_path / "chats", log)).data
+    assert data["tokens"] == "trained tokens"
+    assert data["runs"][1]["headline"].startswith("A LoRA adapter on phi-2")
+    assert data["runs"][1]["axes"][0]["tokens"] == [10, 20]
+    [_, final] = data["comparison"]
+    assert {row[0] for row in final["rows"]} >= {"tokens trained", "answer tokens trained"}
+
+
+def test_a_page_that_cannot_be_written_is_one_line(run, capsys):
+    (run / "taken").write_text("")
+    with pytest.raises(SystemExit):
+        cli.main(["report", str(run), "--output", str(run / "taken/page.html")])
+    assert capsys.readouterr().err.startswith(f"error: cannot write {run / 'taken/page.html'}: ")
+    assert sorted(path.name for path in run.iterdir()) == ["log.jsonl", "taken"]
 
 
 def test_nothing_private_is_on_the_page(tmp_path):

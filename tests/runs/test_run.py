@@ -11,6 +11,7 @@ from llmkit.runs.run import load_run
 
 RECORD = {
     "arguments": {"output_dir": "/home/alice/runs/it", "max_steps": 20, "learning_rate": 0.01},
+    "defaults": {},
     "source": {"n_layer": 2},
     "decisive": {"learning_rate": 0.01, "seed": 42},
     "model": {
@@ -108,3 +109,67 @@ def test_what_is_not_a_run_is_one_line(text, tmp_path):
         load_run(tmp_path)
     with pytest.raises(UserError, match="is not the folder of a run"):
         load_run(tmp_path / "missing")
+
+
+DAMAGED = [
+    "42",
+    "null",
+    "[]",
+    '"text"',
+    "{}",
+    '{"loss": 2.0}',
+    '{"step": 3, "loss": 2.0}',
+    '{"step": "3", "time": 1.0, "loss": 2.0}',
+    '{"step": null, "time": 1.0, "loss": 2.0}',
+    '{"step": -1, "time": 1.0, "loss": 2.0}',
+    '{"step": 1e400, "time": 1.0, "loss": 2.0}',
+    '{"step": 3, "time": "noon", "loss": 2.0}',
+    '{"step": 3, "time": NaN, "loss": 2.0}',
+    '{"step": 3, "time": 1e300, "loss": 2.0}',
+    '{"step": 3, "time": 2.0, "loss": 1' + "0" * 5000 + "}",
+    "[" * 100_000,
+    b"\xff\xfe\x00 \xe2",
+]
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_line_that_is_no_record_is_left_out(line, tmp_path):
+    whole = [start(0, 0.0), loss(5, 1.0)]
+    write_log(tmp_path, whole)
+    line = line if isinstance(line, bytes) else line.encode()
+    log = (tmp_path / "log.jsonl").read_bytes()
+    (tmp_path / "log.jsonl").write_bytes(line + b"\n" + log + line + b"\n")
+    run = load_run(tmp_path)
+    assert [record["step"] for record in run.log] == [0, 5]
+    assert [record["loss"] for record in run.training] == [3.0]
+
+
+def test_what_a_line_has_of_another_type_is_left_out(tmp_path):
+    odd = {"step": 6, "time": 2.0, "loss": "2.5", "eval_loss": None, "epoch": [1], "grad_norm": 10**400, "mfu": 0.5}
+    odd |= {"prompt": 3, "sample": {}, "tokens": True}
+    run = load_run(write_log(tmp_path, [start(0, 0.0), loss(5, 1.0), odd]))
+    assert run.log[-1] == {"step": 6, "time": 2.0, "mfu": 0.5}
+    assert (len(run.training), run.evaluations, run.samples, run.progress) == (1, [], [], 0.3)
+
+
+@pytest.mark.parametrize("record", [{}, dict.fromkeys(RECORD), {"model": {"config": []}, "data": {"fingerprint": 3}}])
+def test_a_record_that_lacks_parts_has_them_empty(record, tmp_path):
+    run = load_run(write_log(tmp_path, [{"step": 0, "time": 0.0, "run": record}, loss(5, 1.0)]))
+    assert run.record["model"]["config"] == {} and run.record["arguments"] == {}
+    assert isinstance(run.record["data"]["fingerprint"], str)
+    assert (run.kind, run.progress) == ("pretraining", 5 / 50 / 3)
+
+
+@pytest.mark.parametrize(
+    ("record", "kind", "counted"),
+    [
+        ({"kind": "pretraining"}, "pretraining", "tokens"),
+        ({"kind": "fine-tuning"}, "fine-tuning", "answer tokens"),
+        # What an older log has.
+        ({"data": {"conversations": 3}}, "fine-tuning", "answer tokens"),
+        ({}, "pretraining", "tokens"),
+    ],
+)
+def test_the_kind_of_a_run(record, kind, counted, tmp_path):
+    run = load_run(write_log(tmp_path, [{"step": 0, "time": 0.0, "run": record}]))
+    assert (run.kind, run.counted) == (kind, counted)

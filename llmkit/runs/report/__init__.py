@@ -7,10 +7,13 @@ nothing is loaded from anywhere.
 
 import html
 import json
+import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
+from llmkit.errors import UserError
 from llmkit.runs.report.curves import charts, curves, logged
 from llmkit.runs.report.summary import figures, headline, moment, samples, state
 from llmkit.runs.report.tables import comparison, differences, run_tables
@@ -37,9 +40,26 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     runs = list({run.folder.resolve(): run for run in map(load_run, folders)}.values())
     output = Path(output) if output is not None else runs[0].folder / REPORT
     text = page(runs, time.time())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+    write_whole(output, text)
     return output
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a page beside its place and name it at the end: a browser that reloads it never meets a half of it.
+
+    Raises:
+        UserError: it cannot be written there.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder's name need not be UTF-8.
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def page(runs: list[Run], now: float) -> str:
@@ -80,9 +100,9 @@ def content(runs: list[Run], now: float) -> dict:
 
 
 def tokens_name(runs: list[Run]) -> str:
-    """What is counted: a fine-tune tells the tokens that it learned from."""
-    kinds = {"answer tokens" if "conversations" in run.record["data"] else "tokens" for run in runs}
-    return kinds.pop() if len(kinds) == 1 else "trained tokens"
+    """What is counted, in words that are true of all runs."""
+    names = {run.counted for run in runs}
+    return names.pop() if len(names) == 1 else "trained tokens"
 
 
 def run_names(runs: list[Run]) -> list[str]:

@@ -5,7 +5,7 @@ import re
 from datetime import UTC, datetime
 
 from llmkit.runs.report.curves import tokens
-from llmkit.runs.run import Run
+from llmkit.runs.run import PRETRAINING, Run
 
 FINAL = {
     "eval_loss": ("validation loss", "{:.4f}"),
@@ -99,19 +99,22 @@ def model_name(run: Run) -> str:
     """What was trained, in a few words."""
     model, source = run.record["model"], run.record["source"]
     config = model["config"]
-    if "conversations" in run.record["data"]:
-        base = public(str(source.get("model", config.get("_name_or_path") or config["model_type"])))
+    if run.kind != PRETRAINING:
+        base = public(str(source.get("model") or config.get("_name_or_path") or config.get("model_type")))
         return f"A LoRA adapter on {base.rstrip('/').split('/')[-1]} ({quantity(model['parameters'])} parameters)"
-    shape = f"{config['n_layer']} layers, {config['n_embd']} wide, context {run.record['data']['block_size']:,}"
-    start = f", from {public(str(source['init_from']))}" if "init_from" in source else ""
-    return f"A GPT-2 of {quantity(model['parameters'])} parameters ({shape}{start})"
+    sizes = {"n_layer": "{} layers", "n_embd": "{} wide"}
+    shape = [text.format(plain(config[key])) for key, text in sizes.items() if key in config]
+    block = run.record["data"].get("block_size")
+    shape += [f"context {block:,}"] if type(block) is int else []
+    shape += [f"from {public(str(source['init_from']))}"] if "init_from" in source else []
+    brackets = f" ({', '.join(shape)})" if shape else ""
+    return f"A GPT-2 of {quantity(model['parameters'])} parameters{brackets}"
 
 
 def headline(run: Run) -> str:
     """The run in one line."""
-    kind = "answer tokens" if "conversations" in run.record["data"] else "tokens"
     text = f"{model_name(run)} on {public(run.record['data']['description'])}: "
-    text += f"{quantity(tokens(run)[-1])} {kind} in {duration(run.seconds()[-1])}"
+    text += f"{quantity(tokens(run)[-1])} {run.counted} in {duration(run.seconds()[-1])}"
     final = {key: last_value(run, key) for key in FINAL}
     shown = [f"{name} {form.format(final[key])}" for key, (name, form) in FINAL.items() if final[key] is not None]
     return ", ".join([text, *shown]) + "."
@@ -138,13 +141,11 @@ def figures(run: Run) -> dict[str, dict[str, str | float]]:
         found[name] = {"text": form.format(last), "note": note, "rank": sign * last}
     if run.training:
         found["training loss"] = {"text": f"{run.training[-1]['loss']:.4f}", "note": "the last one logged"}
-    data, arguments, step = run.record["data"], run.record["arguments"], run.log[-1]["step"]
     epoch = last_value(run, "epoch")
     note = f"{epoch:.2f} passes over the data" if epoch is not None else ""
-    kind = "answer tokens trained" if "conversations" in data else "tokens trained"
-    found[kind] = {"text": quantity(tokens(run)[-1]), "note": note}
-    planned = run.record.get("steps", arguments.get("max_steps", -1))
-    found["steps"] = {"text": f"{step:,}", "note": f"of {planned:,}" if planned > 0 else ""}
+    found[f"{run.counted} trained"] = {"text": quantity(tokens(run)[-1]), "note": note}
+    planned = run.planned_steps
+    found["steps"] = {"text": f"{run.log[-1]['step']:,}", "note": f"of {planned:,}" if planned else ""}
     stints = f"over {len(run.starts)} starts" if len(run.starts) > 1 else "evaluation and samples included"
     found["time"] = {"text": duration(run.seconds()[-1]), "note": stints}
     speeds = sorted(record["tokens_per_second"] for record in run.training if "tokens_per_second" in record)

@@ -16,7 +16,7 @@ def settings(run: Run) -> tuple[dict[str, str], dict[str, str]]:
     """The settings that are not defaults, and those that are, as far as the log tells them."""
     record = run.record
     changed = record["arguments"] | record["source"]
-    defaults = record.get("defaults", {}) | record["decisive"]  # older logs have the decisive ones only
+    defaults = record["defaults"] | record["decisive"]  # older logs have the decisive ones only
     shown = [{key: plain(public(part[key])) for key in sorted(part)} for part in (changed, defaults)]
     told, rest = [{key: value for key, value in part.items() if not key.endswith("_token")} for part in shown]
     return told, {key: value for key, value in rest.items() if key not in changed}
@@ -52,10 +52,10 @@ def data_ledger(run: Run) -> dict[str, str]:
     data = run.record["data"]
     ledger = {key.replace("_", " "): f"{value:,}" for key, value in data.items() if type(value) is int}
     for key, value in data.items():
-        if key.endswith(("_tokens", "_bytes")):
+        if key.endswith(("_tokens", "_bytes")) and type(value) is int:
             ledger[key.replace("_", " ")] = f"{value:,} ({quantity(value)})"
-    if "tokens_per_byte" in data:
-        per_byte = data["tokens_per_byte"]
+    per_byte = data.get("tokens_per_byte")
+    if isinstance(per_byte, float) and per_byte > 0:
         ledger["tokens per byte"] = f"{per_byte:.4f} of the validation text ({1 / per_byte:.2f} bytes a token)"
     epochs = [entry["epoch"] for entry in run.log if "epoch" in entry]
     if epochs:
