@@ -2,6 +2,7 @@
 # make test    run the tests
 # make lint    check style
 # make bench   measure training, fine-tuning and data beside what else there is: 20 minutes on 2 CPU cores
+# make docs    correct the line numbers with which docs/ points into the code
 # make install only set up .venv, which the others do as well
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ DEMO := runs/pretrain_quickstart
 NANOGPT_FLAG := $(if $(NANOGPT),--nanogpt $(NANOGPT))
 PEERS := $(NANOGPT_FLAG) $(if $(BUILD_NANOGPT),--build-nanogpt $(BUILD_NANOGPT))
 
-.PHONY: install demo test lint bench
+.PHONY: install demo test lint docs bench
 .DEFAULT_GOAL := demo
 
 install: $(BIN)/.installed
@@ -34,6 +35,9 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: install
+	$(BIN)/python docs/build.py
 
 bench: install
 	$(BIN)/python benchmarks/training_step.py $(PEERS)
