@@ -19,6 +19,16 @@ class UserError(ValueError):
         super().__init__(" ".join(message.split()))
 
 
+def reason(error: Exception) -> str:
+    """Why transformers could not open a checkpoint, for a UserError's message.
+
+    A checkpoint that brings code of its own gets a sentence of ours: transformers would advise to let the code run.
+    """
+    if "trust_remote_code" in str(error):
+        return "it needs Python code that comes with it, and llmkit never runs such code: choose another checkpoint"
+    return str(error)
+
+
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate an entry point so that a user's mistake ends it with one line and status 2.
 

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llmkit.errors import UserError
+from llmkit.errors import UserError, reason
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -121,10 +121,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     if not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2):
         raise UserError(f"tokenizer {name_or_path}: no such folder; give a tokenizer's folder or its name on the Hub")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name_or_path, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(path) if path.is_dir() else name_or_path, revision=revision, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
         place = "this folder holds no tokenizer" if path.is_dir() else "not a folder here, and not read from the Hub"
-        raise UserError(f"tokenizer {name_or_path}: {place} ({error})") from error
+        raise UserError(f"tokenizer {name_or_path}: {place} ({reason(error)})") from error
     # By a GPT-2's config.json AutoTokenizer makes one without any token where its files are not there.
     if not tokenizer("a")["input_ids"]:
         raise UserError(f"tokenizer {name_or_path}: no tokenizer's files there: copy those that belong to the model")

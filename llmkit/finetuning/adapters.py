@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import cached_file, extract_commit_hash
 
 from llmkit.data.tokenizer import load_tokenizer
-from llmkit.errors import UserError
+from llmkit.errors import UserError, reason
 from llmkit.finetuning.conversations import add_chat_template
 
 # Saved with each adapter: how its base was quantized, without which it can not be merged.
@@ -102,10 +102,10 @@ def load_base_config(args: AdapterArguments) -> PreTrainedConfig:
         if not Path(args.model).is_dir():
             file = cached_file(args.model, "config.json", revision=args.model_revision)
             args.model_revision = extract_commit_hash(file, None)
-        return AutoConfig.from_pretrained(args.model, revision=args.model_revision)
+        return AutoConfig.from_pretrained(args.model, revision=args.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         place = "no model in this folder" if Path(args.model).is_dir() else "no folder here, and not read from the Hub"
-        raise UserError(f"model={args.model}: {place} ({error})") from error
+        raise UserError(f"model={args.model}: {place} ({reason(error)})") from error
 
 
 def load_chat_tokenizer(args: AdapterArguments) -> PreTrainedTokenizerBase:
@@ -153,9 +153,11 @@ def load_base_model(args: AdapterArguments, dtype: torch.dtype, device: torch.de
             device_map={"": device},
             quantization_config=quantization_config(dtype) if args.quantization == "nf4" else None,
             attn_implementation=args.attn_implementation,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model={args.model}: {error}") from error
+        raise UserError(f"model={args.model}: {reason(error)}") from error
     keep_training_layout(model)
     return model.requires_grad_(False)
 

@@ -12,6 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
@@ -20,10 +21,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from llmkit.data.sample_data import docstring_conversations
 from llmkit.data.tokenizer import load_tokenizer
-from llmkit.errors import UserError
+from llmkit.errors import UserError, reason
 from llmkit.finetuning.adapters import QUANTIZATION_CONFIG, keep_training_layout
 from llmkit.finetuning.conversations import encode, split_guanaco
 
@@ -92,9 +94,10 @@ def merge_adapter(adapter: str, output: str, dtype: torch.dtype, base: str | Non
     tokenizer.save_pretrained(unfinished)
     del merged
     # From the disk, as anyone will load it.
-    comparison = compare(
-        reference, AutoModelForCausalLM.from_pretrained(unfinished, dtype=dtype, device_map={"": device}), rows
+    saved = AutoModelForCausalLM.from_pretrained(
+        unfinished, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True
     )
+    comparison = compare(reference, saved, rows)
     if not comparison.within_bounds:
         shutil.rmtree(unfinished)
         raise UserError(
@@ -118,10 +121,14 @@ def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> P
             dtype=quantized.bnb_4bit_compute_dtype if quantized else "auto",
             device_map={"": device},
             quantization_config=quantized,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
+        # PEFT would read adapter_model.bin, which is pickled, where there is no such file.
+        cached_file(adapter, SAFETENSORS_WEIGHTS_NAME)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{adapter}: the adapter or its base does not load ({error}): set --base if it has moved"
+            f"{adapter}: the adapter or its base does not load ({reason(error)}): set --base if it has moved"
         ) from error
     keep_training_layout(model)
     if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save or config.bias != "none":
@@ -134,7 +141,11 @@ def _merge(reference: PeftModel, base: str | None, dtype: torch.dtype) -> PreTra
     """A plain model with the weights of base + update, added up in float32 and rounded once."""
     config = reference.peft_config["default"]
     merged = AutoModelForCausalLM.from_pretrained(
-        base or config.base_model_name_or_path, revision=config.revision, dtype=dtype
+        base or config.base_model_name_or_path,
+        revision=config.revision,
+        dtype=dtype,
+        trust_remote_code=False,
+        use_safetensors=True,
     )
     for name, module in reference.get_base_model().named_modules():
         if isinstance(module, LoraLayer):

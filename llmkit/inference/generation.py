@@ -24,7 +24,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import find_adapter_config_file
 
 from llmkit.data.tokenizer import load_tokenizer
-from llmkit.errors import UserError
+from llmkit.errors import UserError, reason
 from llmkit.finetuning.adapters import quantization_config
 from llmkit.finetuning.merge import load_with_adapter
 from llmkit.machine import bf16_is_fast
@@ -142,9 +142,11 @@ def load_model(checkpoint: str, quantize: Quantization | None, device: torch.dev
     quantized = {"int8": BitsAndBytesConfig(load_in_8bit=True), "nf4": quantization_config(dtype)}
     how = {"dtype": dtype, "quantization_config": quantized[quantize]} if quantize else {"dtype": "auto"}
     try:
-        return AutoModelForCausalLM.from_pretrained(checkpoint, device_map={"": device}, **how).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint, device_map={"": device}, trust_remote_code=False, use_safetensors=True, **how
+        ).eval()
     except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{checkpoint}: its model does not load ({error})") from error
+        raise UserError(f"{checkpoint}: its model does not load ({reason(error)})") from error
 
 
 def _find_adapter(checkpoint: str) -> bool:

@@ -80,6 +80,6 @@ class ModelArguments:
                     f"{self.init_from} has {config.vocab_size} tokens and ends with {config.eos_token_id}, the "
                     f"tokenizer {len(tokenizer)} and {tokenizer.eos_token_id}: give --tokenizer {self.init_from}"
                 )
-            return GPT2LMHeadModel.from_pretrained(self.init_from, config=config)
+            return GPT2LMHeadModel.from_pretrained(self.init_from, config=config, use_safetensors=True)
         except (ValueError, OSError, ImportError) as error:
             raise UserError(str(error)) from error

@@ -106,7 +106,7 @@ def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None
             text += f", trained on that base in {'4' if quantization['load_in_4bit'] else '8'} bits"
         text += "."
     else:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         size = "" if hasattr(config, "quantization_config") else f" with {count:,} parameters"
         text = (
             f"A language model, `{config.architectures[0]}`{size}: {config.num_hidden_layers} layers, "

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
@@ -46,9 +47,14 @@ def check_checkpoint(checkpoint: Path) -> None:
     if not (checkpoint / ADAPTER_CONFIG_NAME).exists():
         if not (checkpoint / CONFIG_NAME).exists():
             raise UserError(f"{checkpoint} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}: it is no checkpoint")
-        architecture = (_read(checkpoint / CONFIG_NAME).get("architectures") or ["model of no named architecture"])[0]
+        config = _read(checkpoint / CONFIG_NAME)
+        architecture = (config.get("architectures") or ["model of no named architecture"])[0]
         if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             raise UserError(f"{checkpoint} holds a {architecture}: only causal language models are pushed")
+        if config.get("model_type") not in CONFIG_MAPPING_NAMES:
+            raise UserError(
+                f"{checkpoint} has model_type {config.get('model_type')}, which transformers does not know"
+            )
     if not (checkpoint / "tokenizer_config.json").exists():
         raise UserError(f"{checkpoint} has no tokenizer: save the one it was trained with there")
 
