@@ -148,13 +148,13 @@ def facts_table(segmentations: list[Segmentation]) -> str:
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { margin: 2rem; font: 1rem/1.7 ui-monospace, Menlo, Consolas, monospace;
+body { margin: clamp(.75rem, 4vw, 2rem); font: 1rem/1.7 ui-monospace, Menlo, Consolas, monospace;
   background: light-dark(#fff, #16181d); color: light-dark(#1b1d22, #e4e6eb); }
 main { display: flex; flex-wrap: wrap; gap: 2.5rem; }
-section { flex: 1 1 24rem; min-width: 0; }
+section { flex: 1 1 min(24rem, 100%); min-width: 0; }
 table { border-collapse: collapse; margin-bottom: 1.5rem; font-size: .85rem; line-height: 1.5; }
 th { text-align: left; font-weight: normal; opacity: .65; padding-right: 1.5rem; white-space: nowrap; }
-th, td { vertical-align: top; }
+th, td { vertical-align: top; overflow-wrap: anywhere; }
 .tokens { white-space: pre-wrap; overflow-wrap: anywhere; }
 .tokens span { border-radius: .2rem; padding: .1rem 0; }
 .tokens span:hover { outline: 2px solid currentColor; }

@@ -87,6 +87,12 @@ class Run:
         return FINE_TUNING if "conversations" in self.record["data"] else PRETRAINING
 
     @property
+    def command(self) -> list[str]:
+        """The words of the command that started it; none where the log does not tell."""
+        words = self.record.get("command")
+        return [word for word in words if isinstance(word, str)] if isinstance(words, list) else []
+
+    @property
     def counted(self) -> str:
         """What its tokens are called: a fine-tuning run counts those that it learned from, not all that it read."""
         return "tokens" if self.kind == PRETRAINING else "answer tokens"

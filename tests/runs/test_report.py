@@ -15,6 +15,7 @@ from test_run import RECORD, end, loss, start, write_log
 
 import small_run
 from llmkit import cli
+from llmkit.data.token_view import Segmentation, Token, as_page
 from llmkit.runs.report import page, run_names, write_report
 from llmkit.runs.report.curves import charts, moving_average, thin, tokens
 from llmkit.runs.report.summary import duration, public, quantity, state
@@ -253,7 +254,42 @@ def test_groups_share_a_chart_and_what_is_not_known_has_its_own(tmp_path):
     assert lines["Update-to-weight ratio"] == {"update_ratio/mlp": "mlp", "update_ratio/wte": "wte"}
     assert lines["my_number"] == {"my_number": "my_number"}
     assert lines.keys() == {"Loss", "Update-to-weight ratio", "my_number"}
-    assert charts({"lr/mlp"})[0]["group"] is True
+    assert charts({"update_ratio/mlp"})[0]["group"] is True
+
+
+@pytest.mark.parametrize(("factor", "shown"), [(1 + 1e-9, False), (2, True)])
+def test_a_second_learning_rate_is_drawn_where_it_differs(factor, shown, tmp_path):
+    log = [start(0, 0.0), loss(1, 1.0, learning_rate=1e-3, **{"lr/muon": 1e-3 * factor})]
+    [chart] = [spec for spec in show(write_log(tmp_path, log)).data["charts"] if spec["title"] == "Learning rate"]
+    assert ("lr/muon" in chart["lines"]) is shown
+
+
+def test_where_a_run_comes_from_and_what_its_command_changed(tmp_path):
+    files = [f"/home/alice/books/chapter_{n}.txt" for n in range(600)]
+    command = [
+        "recipes/pretrain.py",
+        "--config",
+        "/home/alice/mine.yaml",
+        "--learning-rate=0.01",
+        "--hub_token",
+        "hf_s",
+    ]
+    command += ["--text_files", *files, "--max_steps", "20", "--run_name", "it's"]
+    log = records()
+    for record in log:
+        if "run" in record:
+            record["run"] = record["run"] | {"command": command, "commit": {"sha": "0123abc", "modified": True}}
+            record["run"]["source"] = record["run"]["source"] | {"text_files": files}
+    [shown] = show(write_log(tmp_path / "it", log)).data["runs"]
+    tables = {table["title"]: dict(table["rows"]) for table in shown["tables"][:-1]}
+    expected = "recipes/pretrain.py --config …/mine.yaml --learning-rate=0.01 --hub_token … --text_files "
+    expected += "…/chapter_0.txt …/chapter_1.txt …/chapter_2.txt … --max_steps 20 --run_name 'it'\"'\"'s'"
+    assert tables["How it was started"] == {
+        "command": expected,
+        "commit": "0123abc, with changes that were not committed",
+    }
+    assert tables["Settings"] == {"learning_rate": "0.01", "max_steps": "20", "text_files": "600 files"}
+    assert tables["Other settings that are not at their defaults"] == {"n_layer": "2", "output_dir": "…/it"}
 
 
 def test_settings_that_are_not_defaults_stand_apart(run):
@@ -369,23 +405,59 @@ def test_a_real_run(data, tmp_path):
     assert f"validation loss {trainer.evaluate()['eval_loss']:.4f}" in shown["headline"]
 
 
-@pytest.mark.slow
-def test_a_browser_draws_the_curves(run, tmp_path):
+@pytest.fixture
+def browse(tmp_path):
+    """Opens a page in Chromium, in a window as wide as a phone's; returns its elements as HTML."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("needs Chromium")
-    broken = write_log(tmp_path / "broken", [*records()[:8], loss(8, 1009.0, math.nan)])
-    for folders, lines in (([run], 6), ([run, broken], 8)):
-        path = write_report(folders, tmp_path / "page.html")
-        flags = [
-            "--headless",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-        ]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=400,800"]
+
+    def browse(text: str) -> str:
+        path = tmp_path / "browsed.html"
+        measure = (
+            "{ const root = document.documentElement; root.dataset.overflow = root.scrollWidth - root.clientWidth; }"
+        )
+        path.write_text(text.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
         command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         assert "CONSOLE" not in done.stderr, done.stderr
-        drawn = re.findall(r'<path class="line[^>]* d="M([^"]*)"', done.stdout)
+        return done.stdout
+
+    return browse
+
+
+LONG = "pretrain_gpt2_124m_fineweb_edu_sample_10BT_cosine_lr_6e-4_seed_1337_the_second_try"
+
+
+@pytest.mark.slow
+def test_a_browser_draws_the_curves_on_a_phone(run, tmp_path, browse):
+    broken = write_log(tmp_path / LONG, [*records()[:8], loss(8, 1009.0, math.nan)])
+    for folders, lines in (([run], 6), ([broken], 2), ([run, broken], 8)):
+        text = browse(page([load_run(folder) for folder in folders], now=10_000.0))
+        drawn = re.findall(r'<path class="line[^>]* d="M([^"]*)"', text)
         assert len(drawn) == lines
         assert "NaN" not in "".join(drawn)
+        assert 'data-overflow="0"' in text
+
+
+@pytest.mark.slow
+def test_a_curve_of_one_point_is_a_dot(tmp_path, browse):
+    log = [start(0, 0.0), loss(1, 1.0), loss(2, 2.0, math.nan), loss(3, 3.0), loss(4, 3.0)]
+    text = browse(page([load_run(write_log(tmp_path / "it", log))], now=10_000.0))
+    assert len(re.findall(r'<circle class="dot"', text)) == 1
+    text = browse(page([load_run(write_log(tmp_path / "it", log[:2]))], now=10_000.0))
+    assert len(re.findall(r'<circle class="dot"', text)) == 1
+
+
+@pytest.mark.slow
+def test_a_name_breaks_between_its_words(tmp_path, browse):
+    text = browse(page([load_run(write_log(tmp_path / LONG, records()))], now=10_000.0))
+    assert "<h1>" + "_<wbr>".join(LONG.replace("-", "-<wbr>").split("_")) + "</h1>" in text
+
+
+@pytest.mark.slow
+def test_a_page_of_tokens_fits_a_phone(browse):
+    tokens = [Token(7, "x" * 90), Token(8, " <b>\n\t")] * 2
+    text = browse(as_page([Segmentation(f"/home/alice/{LONG}", 50257, tokens, 200, 0)] * 2))
+    assert 'data-overflow="0"' in text

@@ -130,9 +130,12 @@ function drawLine(plot, { px, py, left, right, shows }, line, smooth) {
   const raw = smooth ? "line faint" : line.dots ? "line strong" : "line";
   plot.append(svg("path", { class: raw, ...style, d: path(line.ys) }));
   if (smooth) plot.append(svg("path", { class: "line", ...style, d: path(line.smooth) }));
-  if (!line.dots || line.xs.length > (right - left) / 14) return;
-  line.ys.forEach((y, i) => {
-    if (shows(y))
+  const dots = line.dots && line.xs.length <= (right - left) / 14;
+  const shown = line.ys.map(shows);
+  shown.forEach((there, i) => {
+    const y = line.ys[i];
+    const alone = !shown[i - 1] && !shown[i + 1]; // a path through one point draws nothing
+    if (there && (dots || alone))
       plot.append(svg("circle", { class: "dot", cx: px(line.xs[i]), cy: py(y), r: 3.4, fill: line.color }));
   });
 }

@@ -133,7 +133,7 @@ function controls() {
           },
         },
         swatch(r),
-        run.name,
+        ...breakable(run.name),
       ),
     ),
   );

@@ -31,7 +31,7 @@ CHARTS = [
     ("Validation bits per byte", {"eval_bits_per_byte": "validation"}, ("log",)),
     ("Validation perplexity", {"eval_perplexity": "validation"}, ("log",)),
     ("HellaSwag", {"hellaswag/acc_norm": "acc_norm", "hellaswag/acc": "acc"}, ("percent",)),
-    ("Learning rate", {"learning_rate": "learning rate"}, ()),
+    ("Learning rate", {"learning_rate": "learning rate", "lr/muon": "of Muon's part"}, ()),
     ("Gradient norm", {"grad_norm": "gradient norm"}, ("noisy", "log")),
     ("Tokens per second", {"tokens_per_second": "tokens/s"}, ("noisy",)),
     ("Model FLOPs utilization (MFU)", {"mfu": "MFU"}, ("noisy", "percent")),
@@ -40,7 +40,6 @@ CHARTS = [
 ]
 # Families of keys, one line a group of parameters.
 GROUPS = [
-    ("lr/", "Learning rate by group", ("group",)),
     ("update_ratio/", "Update-to-weight ratio", ("group", "log")),
     ("grad_norm/", "Gradient norm by group", ("group", "log")),
     ("param_norm/", "Parameter norm", ("group", "log")),
@@ -94,8 +93,12 @@ def logged(run: Run) -> dict[str, list[int]]:
         for key, value in record.items():
             if type(value) in (int, float):
                 found.setdefault(key, []).append(index)
-    timings = {key for key in found if key.startswith(("train_", "eval_")) and key.endswith(TIMINGS)}
-    return {key: indices for key, indices in found.items() if key not in LEFT_OUT | timings}
+    left_out = {key for key in found if key.startswith(("train_", "eval_")) and key.endswith(TIMINGS)} | LEFT_OUT
+    # The rate of Muon's part, where it is the other part's as well.
+    rates = [(run.log[i]["lr/muon"], run.log[i].get("learning_rate", 0.0)) for i in found.get("lr/muon", [])]
+    if all(math.isclose(muon, other, rel_tol=1e-6) for muon, other in rates):
+        left_out.add("lr/muon")
+    return {key: indices for key, indices in found.items() if key not in left_out}
 
 
 def tokens(run: Run) -> np.ndarray:

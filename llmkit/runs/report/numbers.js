@@ -12,6 +12,11 @@ function el(tag, attributes = {}, ...children) {
   return node;
 }
 
+// A name as children of an element: a line may end between its words, after `_`, `/`, `-`, `.`, `=` and `,`.
+function breakable(name) {
+  return name.split(/(?<=[_/\-.=,])/).flatMap((word, i) => (i ? [el("wbr"), word] : [word]));
+}
+
 function svg(tag, attributes = {}, text = null) {
   const node = document.createElementNS("http://www.w3.org/2000/svg", tag);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);

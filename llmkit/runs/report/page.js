@@ -3,11 +3,11 @@
 function table(spec) {
   const best = new Set((spec.best || []).map(([row, column]) => `${row},${column}`));
   const heads = spec.columns.some((name) => name)
-    ? [el("thead", {}, el("tr", {}, ...spec.columns.map((name) => el("th", { scope: "col" }, name))))]
+    ? [el("thead", {}, el("tr", {}, ...spec.columns.map((name) => el("th", { scope: "col" }, ...breakable(name)))))]
     : [];
   const data = (cell, r, c) => el("td", { class: best.has(`${r},${c}`) ? "best" : null }, cell);
   const rows = spec.rows.map(([name, ...cells], r) =>
-    el("tr", {}, el("th", { scope: "row" }, name), ...cells.map((cell, c) => data(cell, r, c))),
+    el("tr", {}, el("th", { scope: "row" }, ...breakable(name)), ...cells.map((cell, c) => data(cell, r, c))),
   );
   const body = el("table", {}, ...heads, el("tbody", {}, ...rows));
   const scroll = el("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": spec.title }, body);
@@ -42,7 +42,7 @@ function head() {
       "header",
       {},
       el("p", { class: "kind" }, "llmkit run"),
-      el("h1", {}, run.name),
+      el("h1", {}, ...breakable(run.name)),
       badge(run),
       el("p", { class: "lead" }, run.headline),
       trouble(run),
@@ -67,7 +67,7 @@ function head() {
         el(
           "li",
           {},
-          el("div", {}, swatch(r), el("b", {}, run.name), badge(run)),
+          el("div", {}, swatch(r), el("b", {}, ...breakable(run.name)), badge(run)),
           el("p", {}, run.headline),
           trouble(run),
         ),
@@ -107,7 +107,7 @@ function sampleCard(prompt) {
               "p",
               { class: "note" },
               swatch(r),
-              run.name,
+              ...breakable(run.name),
               sample.steps[at] === steps[index] ? "" : ` (step ${AXES.step.format(sample.steps[at])})`,
             )
           : null;
@@ -137,7 +137,7 @@ function sampleCard(prompt) {
             "p",
             { class: "note" },
             several ? swatch(r) : null,
-            several ? `${run.name}, ` : "",
+            ...(several ? breakable(`${run.name}, `) : []),
             `step ${AXES.step.format(step)}`,
           ),
           continuation(prompt, sample.texts[i]),
@@ -203,7 +203,7 @@ shown.replaceChildren(
     ...runs.map((run, r) => {
       const cards = el("div", { class: "cards" }, ...run.tables.map(table));
       return several
-        ? el("details", { class: "about" }, el("summary", {}, swatch(r), `All about ${run.name}`), cards)
+        ? el("details", { class: "about" }, el("summary", {}, swatch(r), ...breakable(`All about ${run.name}`)), cards)
         : section("What it was", cards);
     }),
     el("footer", {}, `Made by llmkit from the log of the run${several ? "s" : ""}, ${data.made}.`),

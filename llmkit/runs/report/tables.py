@@ -1,10 +1,13 @@
 """The tables of a run's report. A table has a `title`, `columns`, `rows` of text, a `note`, and may be `folded`."""
 
 import math
+import shlex
 
 from llmkit.runs.report.summary import NOT_A_SETTING, figures, moment, plain, public, quantity
 from llmkit.runs.run import Run
 
+LONGEST_LIST = 3  # of files; a longer one is counted
+LONGEST_TEXT = 500  # characters of a setting
 NOT_OF_THE_MODEL = {"transformers_version", "_name_or_path", "dtype", "architectures", "quantization_config"}
 
 
@@ -13,25 +16,86 @@ def table(title: str, columns: list[str], rows: list[list[str]], note: str = "",
 
 
 def settings(run: Run) -> tuple[dict[str, str], dict[str, str]]:
-    """The settings that are not defaults, and those that are, as far as the log tells them."""
+    """The settings that are not llmkit's defaults, and those that are, as far as the log tells them."""
     record = run.record
     changed = record["arguments"] | record["source"]
     defaults = record["defaults"] | record["decisive"]  # older logs have the decisive ones only
-    shown = [{key: plain(public(part[key])) for key in sorted(part)} for part in (changed, defaults)]
+    shown = [{key: setting(key, part[key]) for key in sorted(part)} for part in (changed, defaults)]
     told, rest = [{key: value for key, value in part.items() if not key.endswith("_token")} for part in shown]
     return told, {key: value for key, value in rest.items() if key not in changed}
 
 
+def setting(key: str, value) -> str:
+    """A setting's value without folders, and in a length that can be read."""
+    if key.endswith("_files") and isinstance(value, list) and len(value) > LONGEST_LIST:
+        return f"{len(value):,} files"
+    text = plain(public(value))
+    return text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}… ({len(text):,} characters)"
+
+
+def command_line(words: list[str]) -> str:
+    """The command that started a run, as one would type it, without secrets, folders and long lists of files."""
+    shown: list[str] = []
+    values, secret = 0, False  # after the last option
+    for word in words:
+        option, _, value = word.partition("=")
+        if word.startswith("-"):
+            values, secret = 0, option.endswith("_token")
+            shown.append(f"{option}=…" if secret and value else _quoted(public(word)))
+            continue
+        values += 1
+        if values <= LONGEST_LIST:
+            shown.append("…" if secret else _quoted(public(word)))
+        elif values == LONGEST_LIST + 1:
+            shown.append("…")
+    return " ".join(shown)
+
+
+def _quoted(word: str) -> str:
+    """A word for the shell; the sign for folders that were left out needs no quotes."""
+    bare = word.replace("…", ".")
+    return word if shlex.quote(bare) == bare else shlex.quote(word)
+
+
+def origin(run: Run) -> dict[str, str]:
+    """The command that started the run, and the code that it ran, where the log tells them."""
+    found = {}
+    if words := run.command:
+        found["command"] = command_line(words)
+    commit = run.record.get("commit")
+    if isinstance(commit, dict) and isinstance(commit.get("sha"), str):
+        found["commit"] = commit["sha"] + (", with changes that were not committed" if commit.get("modified") else "")
+    return found
+
+
+def settings_tables(run: Run) -> list[dict]:
+    """The settings: what was changed on the command line, what else is not at its default, and what is."""
+    changed, defaults = settings(run)
+    given = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in run.command if word.startswith("--")}
+    own = {key: text for key, text in changed.items() if key in given}
+    others = {key: text for key, text in changed.items() if key not in given}
+    if run.command:
+        note = "Those given on the command line." if own else "None was given on the command line."
+        tables = [
+            table("Settings", ["", ""], rows(own), note),
+            table("Other settings that are not at their defaults", ["", ""], rows(others), folded=True),
+        ]
+    else:
+        tables = [table("Settings", ["", ""], rows(changed), "Those that are not at their defaults.")]
+    return [*tables, table("Settings at their defaults", ["", ""], rows(defaults), folded=True)]
+
+
 def run_tables(run: Run) -> list[dict]:
     """What a run was, as its log tells it."""
-    model, (changed, defaults) = run.record["model"], settings(run)
+    model = run.record["model"]
     config = {key: value for key, value in model["config"].items() if key not in NOT_OF_THE_MODEL}
     shape = {"parameters": f"{model['parameters']:,}", "attention": model["attention"]}
     shape |= {key: plain(public(value)) for key, value in config.items()}
     machine = {key: plain(value) for key, value in environment(run).items()}
+    started = origin(run)
     return [
-        table("Settings", ["", ""], rows(changed), "Those that are not at their defaults."),
-        table("Settings at their defaults", ["", ""], rows(defaults), folded=True),
+        *([table("How it was started", ["", ""], rows(started))] if started else []),
+        *settings_tables(run),
         table("Data", ["", ""], rows(data_ledger(run))),
         table("Model", ["", ""], rows(shape)),
         table("Machine and versions", ["", ""], rows(machine)),
@@ -75,8 +139,11 @@ def starts(run: Run) -> dict:
         found.append(
             [f"{record['step']:,}", moment(record["time"]), f"{run.log[end - 1]['step']:,}", _clock(ran), where]
         )
+    columns = ["from step", "at", "to step", "ran", "on"]
+    if len({row[-1] for row in found}) == 1:  # the machine of the table above
+        columns, found = columns[:-1], [row[:-1] for row in found]
     note = "What a kill lost after the last checkpoint is not counted." if len(found) > 1 else ""
-    return table("Starts", ["from step", "at", "to step", "ran", "on"], found, note)
+    return table("Starts", columns, found, note)
 
 
 def _clock(seconds: float) -> str:
