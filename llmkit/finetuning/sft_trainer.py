@@ -11,13 +11,12 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
-from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from llmkit.errors import UserError
 from llmkit.finetuning.adapters import QUANTIZATION_CONFIG
-from llmkit.model.loss import IGNORE_INDEX, linear_cross_entropy
+from llmkit.model.loss import IGNORE_INDEX, is_plain_head, linear_cross_entropy
 from llmkit.runs.record import JsonlLog, run_record
 from llmkit.training.arguments import choose_precision, set_up_reporting, use_one_gpu
 from llmkit.training.base_trainer import ExactTrainer
@@ -211,7 +210,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     ids = torch.arange(4, device=model.device).unsqueeze(0)
     outputs = model(ids, use_cache=False, output_hidden_states=True)
     head = model.get_output_embeddings()
-    return type(head) is nn.Linear and torch.equal(head(outputs.hidden_states[-1]), outputs.logits)
+    hidden = outputs.hidden_states[-1]
+    return is_plain_head(head, hidden) and torch.equal(head(hidden), outputs.logits)
 
 
 def _num_tokens(batch: dict[str, torch.Tensor]) -> int:

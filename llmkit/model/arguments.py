@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -80,6 +81,10 @@ class ModelArguments:
                     f"{self.init_from} has {config.vocab_size} tokens and ends with {config.eos_token_id}, the "
                     f"tokenizer {len(tokenizer)} and {tokenizer.eos_token_id}: give --tokenizer {self.init_from}"
                 )
-            return GPT2LMHeadModel.from_pretrained(self.init_from, config=config, use_safetensors=True)
+            # Trained weights and their moments are float32, whatever the checkpoint was stored in; autocast makes the
+            # products bfloat16.
+            return GPT2LMHeadModel.from_pretrained(
+                self.init_from, config=config, dtype=torch.float32, use_safetensors=True
+            )
         except (ValueError, OSError, ImportError) as error:
             raise UserError(str(error)) from error

@@ -90,6 +90,10 @@ class GPT2Config(PreTrainedConfig):
             setattr(config, name, getattr(tokenizer, name))
         return config
 
+    def to_dict(self) -> dict:
+        """With `n_ctx`, as OpenAI's configuration has it: llama.cpp's converter reads the context length there."""
+        return {**super().to_dict(), "n_ctx": self.n_positions}
+
     @property
     def num_parameters(self) -> int:
         """Parameters of the model, the tied embedding counted once."""

@@ -1,7 +1,8 @@
 """GPT-2 (Radford et al. 2019), whole, in the order a batch takes through it.
 
 Parameters have the stock model's names, shapes and orientation, so a checkpoint of one is a checkpoint of the other:
-`transformers`, `pipeline`, vLLM or llama.cpp open what is trained here, and `openai-community/gpt2` opens here.
+what is trained here opens in `transformers`, `pipeline`, CTranslate2, ONNX (optimum) and lm-evaluation-harness, which
+were run; `openai-community/gpt2` opens here. vLLM and llama.cpp's converter read the same format and were not run.
 The difference is in training: the loss comes from the hidden states (`llmkit.model.loss`), and logits of a whole batch
 are never made.
 
@@ -20,14 +21,14 @@ from transformers.generation import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D  # a linear layer whose weight is (in, out), as OpenAI stored it
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from llmkit.model.configuration_gpt2 import GPT2Config
-from llmkit.model.loss import IGNORE_INDEX, linear_cross_entropy
+from llmkit.model.loss import IGNORE_INDEX, head_cross_entropy
 
 
 def eager_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -38,6 +39,22 @@ def eager_attention(module, query, key, value, attention_mask, scaling, dropout=
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(value.dtype)
     output = F.dropout(weights, p=dropout, training=module.training) @ value  # (B, H, T, D)
     return output.transpose(1, 2), weights
+
+
+def positions_to_keep(x: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states (B, T, C) whose logits are wanted, as transformers >= 5.21 has it in `slice_logits_to_keep`.
+
+    Args:
+        logits_to_keep: the number of last positions (0: all), or positions for every row (1-D) or for each (2-D), or
+            a boolean mask (B, T), which gives (positions, C).
+    """
+    if isinstance(logits_to_keep, int):
+        return x[:, -logits_to_keep:]
+    if logits_to_keep.ndim == 1:
+        return x[:, logits_to_keep]
+    if logits_to_keep.dtype == torch.bool:
+        return x[logits_to_keep]
+    return torch.take_along_dim(x, logits_to_keep.unsqueeze(-1), dim=1)
 
 
 class GPT2Attention(nn.Module):
@@ -240,7 +257,8 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
             labels: (B, T), the input ids again; shifted here, so that token t predicts t + 1. -100 is not counted.
             shift_labels: (B, T), in place of `labels`: targets already shifted, the one at t follows the token at t.
             use_cache: return the cache; by default only where there are no targets.
-            logits_to_keep: in evaluation, the number of last positions whose logits are made; 0 is all of them.
+            logits_to_keep: without `labels` or in evaluation, the number of last positions whose logits are made (0
+                is all of them), or which positions: see `positions_to_keep`.
             num_items_in_batch: what the summed loss is divided by; the number of targets in this batch by default.
 
         Returns:
@@ -266,9 +284,9 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
         x = outputs.last_hidden_state  # (B, T, C)
         loss = logits = None
         if shift_labels is not None:
-            loss = linear_cross_entropy(x, self.lm_head.weight, shift_labels, num_items_in_batch)
+            loss = head_cross_entropy(x, self.lm_head, shift_labels, num_items_in_batch)
         if shift_labels is None or not self.training:
-            logits = self.lm_head(slice_logits_to_keep(x, logits_to_keep))
+            logits = self.lm_head(positions_to_keep(x, logits_to_keep))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -99,7 +99,7 @@ def check_resume(checkpoint: str | Path, run: dict) -> None:
         )
     found = was["decisive"] | was["model"]["config"]
     for key, value in json.loads(json.dumps(run["decisive"] | run["model"]["config"])).items():
-        if key not in ("transformers_version", "dtype") and found.get(key) != value:
+        if key not in ("transformers_version", "dtype", "n_ctx") and found.get(key) != value:
             raise UserError(
                 f"{checkpoint} would be resumed with {key}={value}, and its run had {found.get(key)}: give the run's "
                 "own setting, or start another run from its weights"

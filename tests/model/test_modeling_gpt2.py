@@ -4,9 +4,11 @@ import math
 import subprocess
 import sys
 
+import accelerate
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from transformers import StaticCache
 
 from llmkit import GPT2Config, GPT2LMHeadModel
@@ -39,6 +41,7 @@ def test_parameters_are_stock(ours, stock):
     assert all(mine[name].shape == theirs[name].shape for name in theirs)
     assert ours.lm_head.weight is ours.transformer.wte.weight
     assert stock.config.model_type == "gpt2" and stock.config.architectures == ["GPT2LMHeadModel"]
+    assert stock.config.n_ctx == stock.config.n_positions == 64  # llama.cpp's converter reads n_ctx
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -105,6 +108,45 @@ def test_every_parameter_is_initialised():
             expected = 0.02 / math.sqrt(2 * 6) if "c_proj" in name else 0.02
             assert p.std().item() == pytest.approx(expected, rel=0.03), name
             assert p.mean().item() == pytest.approx(0, abs=expected / 20), name
+
+
+def loss_from_logits(model, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(ids).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+
+
+def test_the_loss_of_an_offloaded_model_is_that_of_its_logits(ours):
+    """accelerate keeps the weights elsewhere, and the head's own is empty until the head is called."""
+    ids = tokens(2, 30)
+    with torch.no_grad():
+        expected = ours(ids, labels=ids).loss
+        accelerate.cpu_offload(ours, execution_device="cpu")
+        assert ours.lm_head.weight.device.type == "meta"
+        torch.testing.assert_close(ours(ids, labels=ids).loss, expected)
+        torch.testing.assert_close(ours(ids, labels=ids, num_items_in_batch=1).loss, expected * 58)
+
+
+def test_an_adapter_on_the_head_is_trained(ours):
+    ids = tokens(2, 30)
+    peft_model = get_peft_model(ours, LoraConfig(target_modules=["lm_head"], init_lora_weights=False)).train()
+    loss = peft_model(ids, labels=ids).loss
+    torch.testing.assert_close(loss, loss_from_logits(peft_model, ids))
+    loss.backward()
+    gradients = [p.grad for p in peft_model.parameters() if p.requires_grad]
+    assert len(gradients) == 2 and all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize("which", [0, 3, torch.tensor([1, 5]), torch.tensor([[1, 5], [0, 2]])])
+def test_logits_are_made_of_the_positions_asked_for(ours, which):
+    ids = tokens(2, 8)
+    with torch.no_grad():
+        whole, some = ours(ids).logits, ours(ids, logits_to_keep=which).logits
+        mask = torch.rand(2, 8, generator=torch.Generator().manual_seed(0)) > 0.5
+        torch.testing.assert_close(ours(ids, logits_to_keep=mask).logits, whole[mask])
+    if isinstance(which, int):
+        which = torch.arange(8)[-which:]
+    expected = [row[at] for row, at in zip(whole, which.expand(2, -1), strict=True)]
+    torch.testing.assert_close(some, torch.stack(expected))
 
 
 @pytest.mark.parametrize("micro", [1, 2, 5])
@@ -182,12 +224,16 @@ def test_activation_checkpointing_changes_nothing(ours):
 def test_compiles_to_one_graph(ours):
     ids = tokens(2, 32)
     ours.train()
-    expected = ours(ids, labels=ids).loss.item()
+    expected = ours(ids, labels=ids).loss
+    expected.backward()
+    gradients = {name: p.grad.clone() for name, p in ours.named_parameters()}
+    ours.zero_grad()
     compiled = torch.compile(ours, fullgraph=True)
     loss = compiled(ids, labels=ids).loss
     loss.backward()
-    assert loss.item() == pytest.approx(expected, abs=1e-5)
-    assert ours.transformer.wte.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], atol=1e-5, rtol=0, msg=name)
 
 
 def test_generation_stays_in_the_vocabulary(ours):
