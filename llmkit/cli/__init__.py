@@ -17,6 +17,7 @@ commands, so that `llmkit --help` need not wait for torch.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -45,5 +46,11 @@ def parser() -> argparse.ArgumentParser:
 @exit_on_user_error
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; a user's mistake ends it with one line and status 2."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    for text in argv:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # Python reads bytes that are not UTF-8 as surrogates
+            raise UserError(f"the argument {ascii(text)} is not UTF-8: write it in UTF-8") from error
     args = parser().parse_args(argv)
     args.command(args)

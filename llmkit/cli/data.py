@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from llmkit.cli.arguments import read_stdin
 from llmkit.errors import UserError
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -155,7 +156,7 @@ def _read_text(source: str) -> str:
     """A file's text, standard input's, or the text itself."""
     try:
         if source == "-":
-            text = sys.stdin.read()
+            text = read_stdin()
         else:
             # Python reads no path with a zero in it, or longer than the system allows; a text may be both.
             is_file = "\0" not in source and len(source.encode()) < 256 and Path(source).is_file()

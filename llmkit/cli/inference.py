@@ -6,58 +6,119 @@ import sys
 import time
 import warnings
 
+from llmkit.cli.arguments import read_stdin
 from llmkit.errors import UserError
+from llmkit.inference.sampling import Sampling
+from llmkit.paths import checkpoint_path
 
+CHECKPOINT = "The folder of a run, of one of its checkpoints or of an adapter, or a model's name on the Hub."
 SEPARATOR = "-" * 40
+HELP = """\
+/help   shows these commands.
+/reset  forgets the conversation.
+/exit   ends the chat, and so does Ctrl-D.
+Ctrl-C  stops an answer."""
 
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
-    generate = nouns.add_parser("generate", help="continue a text with a checkpoint", allow_abbrev=False)
-    generate.add_argument("checkpoint", help="a run's folder, one of its checkpoints, an adapter, or a model's name")
-    generate.add_argument("prompts", nargs="+", metavar="prompt", help="text to continue; - reads it from stdin")
-    generate.add_argument("--num_samples", type=int, default=1, help="continuations of each prompt (default: 1)")
+    generate = nouns.add_parser(
+        "generate",
+        help="Continue a text with a checkpoint.",
+        description="Continue one or more texts with a checkpoint. A single text is printed while it is generated.",
+        allow_abbrev=False,
+    )
+    generate.add_argument("checkpoint", help=CHECKPOINT)
+    generate.add_argument(
+        "prompts", nargs="+", metavar="prompt", help="The text to continue; - reads it from standard input."
+    )
+    generate.add_argument(
+        "--num_samples", type=int, default=1, help="Write this many continuations of each prompt (default: 1)."
+    )
     _add_sampling_flags(generate)
     generate.set_defaults(command=_generate)
 
-    chat = nouns.add_parser("chat", help="talk to a fine-tuned checkpoint", allow_abbrev=False)
-    chat.add_argument("checkpoint", help="a run's folder, one of its checkpoints, an adapter, or a model's name")
+    chat = nouns.add_parser(
+        "chat",
+        help="Talk to a fine-tuned checkpoint.",
+        description="Talk to a fine-tuned checkpoint in the chat template that was saved with it.",
+        allow_abbrev=False,
+    )
+    chat.add_argument("checkpoint", help=CHECKPOINT)
+    chat.add_argument(
+        "--system", metavar="TEXT", help="Give the model these instructions, if its chat template has a system prompt."
+    )
     _add_sampling_flags(chat)
     chat.set_defaults(command=_chat)
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--max_new_tokens", type=int, help="how many at most (default: 128, or what fits the context)")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 always takes the likeliest token (default: 0.8)"
-    )
-    parser.add_argument("--top_k", type=int, default=50, help="among so many likeliest only; 0 is all (default: 50)")
-    parser.add_argument(
-        "--top_p", type=float, default=1.0, help="among the likeliest of this probability (default: 1)"
+        "--max_new_tokens",
+        type=int,
+        help="Generate at most this many tokens (default: 128, or what fits the context).",
     )
     parser.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; may be given several times"
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="Divide the logits by this; 0 always takes the likeliest token (default: 0.8).",
     )
-    parser.add_argument("--seed", type=int, help="makes the samples the same again (default: others each time)")
-    parser.add_argument("--quantize", choices=("int8", "nf4"), help="hold the linear layers in 8 or 4 bits")
-    parser.add_argument("--base", help="where an adapter's base model is, if it has moved since the training")
+    parser.add_argument(
+        "--top_k",
+        type=int,
+        default=50,
+        help="Choose among this many of the likeliest tokens; 0 allows all of them (default: 50).",
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="Choose among the likeliest tokens that together have this probability (default: 1).",
+    )
+    parser.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="End the output before this text. The option can be given several times.",
+    )
+    parser.add_argument(
+        "--seed", type=_seed, help="Use this random seed, so that the same samples come again (default: a new one)."
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8", "nf4"), help="Hold the linear layers of a plain checkpoint in 8 or 4 bits."
+    )
+    parser.add_argument("--base", help="Load an adapter's base model from here, if it has moved since the training.")
+
+
+def _seed(text: str) -> int:
+    """A seed as torch takes it. A ValueError makes argparse refuse the text."""
+    if not 0 <= (seed := int(text)) < 2**64:
+        raise argparse.ArgumentTypeError(f"{text}: a seed is a whole number from 0 to {2**64 - 1}")
+    return seed
+
+
+def _sampling(args: argparse.Namespace) -> Sampling:
+    """The flags as `Sampling`. Called before torch is imported, so that a mistake is answered at once."""
+    return Sampling(
+        **{field.name: getattr(args, field.name) for field in dataclasses.fields(Sampling) if field.name in args}
+    )
 
 
 def _load(args: argparse.Namespace):
-    """Model, tokenizer, and how to sample; flags out of range are refused before anything is loaded."""
+    """Model and tokenizer."""
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from llmkit.inference.generation import Sampling, load_for_generation
+    from llmkit.inference.generation import load_for_generation
 
-    names = [field.name for field in dataclasses.fields(Sampling) if field.name in args]
-    sampling = Sampling(**{name: getattr(args, name) for name in names})
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
     model, tokenizer = load_for_generation(args.checkpoint, args.quantize, args.base)
     if args.seed is not None:
         torch.manual_seed(args.seed)
-    return model, tokenizer, sampling
+    return model, tokenizer
 
 
 def _write(text: str) -> None:
@@ -68,10 +129,11 @@ def _generate(args: argparse.Namespace) -> None:
     if args.prompts.count("-") > 1:
         raise UserError("prompt - is given more than once: stdin can be read only once")
     # Without the line break that ends the last line of a file or of `echo`.
-    prompts = [sys.stdin.read().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompts]
-    model, tokenizer, sampling = _load(args)
+    sampling, args.checkpoint = _sampling(args), checkpoint_path(args.checkpoint)
+    prompts = [read_stdin().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompts]
+    model, tokenizer = _load(args)
 
-    from llmkit.inference.generation import continue_prompts
+    from llmkit.inference.generation import context_length, continue_prompts
 
     single = len(prompts) * args.num_samples == 1
     start = time.perf_counter()
@@ -84,22 +146,26 @@ def _generate(args: argparse.Namespace) -> None:
     else:
         found = continue_prompts(model, tokenizer, prompts, sampling)
         print(f"\n{SEPARATOR}\n".join(each.prompt + each.text for each in found))
+    if any(each.slid for each in found):
+        note = f"(longer than the context of {context_length(model)} tokens: the window slid over the text)"
+        print(note, file=sys.stderr)
     seconds, tokens = time.perf_counter() - start, sum(each.tokens for each in found)
     print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
 
 
 def _chat(args: argparse.Namespace) -> None:
-    model, tokenizer, sampling = _load(args)
+    sampling, args.checkpoint = _sampling(args), checkpoint_path(args.checkpoint)
+    model, tokenizer = _load(args)
 
     from llmkit.inference.chat import Chat
     from llmkit.inference.generation import context_length
 
-    chat = Chat(model, tokenizer, sampling)
+    chat = Chat(model, tokenizer, sampling, args.system)
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401  (line editing and history in input())
 
-        print("/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer", file=sys.stderr)
+        print("Type /help for the commands.", file=sys.stderr)
     while True:
         try:
             question = input("> " if interactive else "").strip()
@@ -110,8 +176,12 @@ def _chat(args: argparse.Namespace) -> None:
             continue
         if question == "/exit":
             break
-        if question == "/reset":
+        if question == "/help":
+            print(HELP, file=sys.stderr)
+        elif question == "/reset":
             chat.reset()
+        elif question.startswith("/") and question[1:].isalpha():
+            print(f"error: {question} is not a command: type /help for those there are", file=sys.stderr)
         elif question:
             forgotten = chat.forgotten
             try:

@@ -7,7 +7,6 @@ llmkit.
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmkit.errors import UserError, reason
+from llmkit.paths import local_path
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
@@ -116,16 +116,15 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         UserError: it is not there, it is not one of the fast ones that preparing shards needs, or it has no
             end-of-text token to separate documents with.
     """
-    path = Path(os.path.expanduser(name_or_path))
-    # Not a Hub id either (user/name): say so at once instead of asking the Hub for it several times.
-    if not path.is_dir() and (path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2):
-        raise UserError(f"tokenizer {name_or_path}: no such folder; give a tokenizer's folder or its name on the Hub")
+    path = local_path(name_or_path)
+    if path and not path.is_dir():
+        raise UserError(f"tokenizer {name_or_path}: this is a file; give a tokenizer's folder or its name on the Hub")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path) if path.is_dir() else name_or_path, revision=revision, trust_remote_code=False
+            str(path or name_or_path), revision=revision, trust_remote_code=False
         )
     except (OSError, ValueError) as error:
-        place = "this folder holds no tokenizer" if path.is_dir() else "not a folder here, and not read from the Hub"
+        place = "this folder holds no tokenizer" if path else "not a folder here, and not read from the Hub"
         raise UserError(f"tokenizer {name_or_path}: {place} ({reason(error)})") from error
     # By a GPT-2's config.json AutoTokenizer makes one without any token where its files are not there.
     if not tokenizer("a")["input_ids"]:

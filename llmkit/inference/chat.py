@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable
 
 import torch
+from jinja2 import TemplateError
 from transformers import (
     DynamicCache,
     PreTrainedModel,
@@ -15,7 +16,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from llmkit.errors import UserError
-from llmkit.inference.generation import DEFAULT_NEW_TOKENS, PieceStreamer, Sampling, context_length
+from llmkit.inference.generation import PieceStreamer, context_length
+from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
 
 
 class Interrupt(StoppingCriteria):
@@ -41,11 +43,20 @@ class Chat:
     """A conversation in the tokenizer's chat template. Keys and values of earlier turns are kept, as far as the
     template renders these turns with the same tokens again.
 
+    Args:
+        system: instructions that stand before the conversation, in templates that have a place for them.
+
     Raises:
-        UserError: the tokenizer has no chat template.
+        UserError: the tokenizer has no chat template, or the template has no system prompt.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sampling: Sampling):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        system: str | None = None,
+    ):
         if tokenizer.chat_template is None:
             raise UserError(
                 f"{tokenizer.name_or_path}: its tokenizer has no chat template, so it was not trained to chat: "
@@ -54,6 +65,8 @@ class Chat:
         self.model = model
         self.tokenizer = tokenizer
         self.sampling = sampling
+        self.instructions = [] if system is None else [{"role": "system", "content": system}]
+        self._check_instructions()
         self.reset()
 
     def reset(self) -> None:
@@ -82,16 +95,18 @@ class Chat:
             self.forgotten += 1
 
         self._crop_cache(ids)
+        streamer = PieceStreamer(self.tokenizer, self.sampling, write)
         with Interrupt() as interrupt:
             output = self.model.generate(
                 torch.tensor([ids], device=self.model.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),
                 past_key_values=self.cache,
                 max_new_tokens=min(wanted, context - len(ids)),
-                streamer=PieceStreamer(self.tokenizer, self.sampling, write),
+                streamer=streamer,
                 stopping_criteria=StoppingCriteriaList([interrupt]),
                 **self.sampling.arguments(self.tokenizer),
             )[0].tolist()
+        streamer.finish()
         self.cached = output[: self.cache.get_seq_length()]
         text = self.sampling.cut(self.tokenizer.decode(output[len(ids) :], skip_special_tokens=True))
         self.messages.append({"role": "assistant", "content": text})
@@ -100,11 +115,22 @@ class Chat:
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a conversation that an answer is to follow."""
         return self.tokenizer.apply_chat_template(
-            messages,
+            self.instructions + messages,
             add_generation_prompt=True,
             return_dict=True,
             tokenizer_kwargs={"verbose": False},  # its length is looked at here
         )["input_ids"]
+
+    def _check_instructions(self) -> None:
+        for message in self.instructions:
+            try:
+                shown = self.tokenizer.apply_chat_template([message, {"role": "user", "content": ""}], tokenize=False)
+            except TemplateError:
+                shown = ""
+            if message["content"].strip() not in shown:
+                raise UserError(
+                    f"system: the chat template of {self.tokenizer.name_or_path} has no system prompt: leave it out"
+                )
 
     def _crop_cache(self, ids: list[int]) -> None:
         """Keep of the cache what belongs to the first of these tokens; at least the last is left to be computed."""

@@ -20,75 +20,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.generation.streamers import BaseStreamer
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import find_adapter_config_file
 
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
-from llmkit.finetuning.adapters import quantization_config
-from llmkit.finetuning.merge import load_with_adapter
+from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
 from llmkit.machine import bf16_is_fast
+from llmkit.paths import checkpoint_path
 
-DEFAULT_NEW_TOKENS = 128
 Quantization = Literal["int8", "nf4"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are chosen, and where a text ends besides at the model's end token.
-
-    Args:
-        max_new_tokens: None is 128, or as many as still fit the context.
-        temperature: divides the logits; 0 always takes the likeliest token, and top_k and top_p do nothing.
-        top_k: choose among so many of the likeliest tokens only; 0 is all.
-        top_p: choose among the likeliest tokens that together have this probability.
-        stop: the text is cut before the first of these.
-        num_samples: continuations of each prompt.
-
-    Raises:
-        UserError: a value out of its range.
-    """
-
-    max_new_tokens: int | None = None
-    temperature: float = 0.8
-    top_k: int = 50
-    top_p: float = 1.0
-    stop: Sequence[str] = ()
-    num_samples: int = 1
-
-    def __post_init__(self):
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}: give 1 or more, or leave it out")
-        if not 0 <= self.temperature < math.inf:
-            raise UserError(f"temperature is {self.temperature}: give 0 (always the likeliest token) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}: give a number of tokens, or 0 for all of them")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}: give a probability above 0 and up to 1")
-        if "" in self.stop:
-            raise UserError("stop is an empty text: give one that the model could write, or leave it out")
-        if self.num_samples < 1:
-            raise UserError(f"num_samples is {self.num_samples}: give 1 or more")
-        if self.num_samples > 1 and self.temperature == 0:
-            raise UserError(f"num_samples is {self.num_samples} and temperature 0: they would all be the same text")
-
-    def arguments(self, tokenizer: PreTrainedTokenizerBase) -> dict:
-        """The same for `generate`."""
-        stop = {"stop_strings": list(self.stop), "tokenizer": tokenizer} if self.stop else {}
-        if self.temperature == 0:
-            how = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-        else:
-            how = {"do_sample": True, "temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        return {
-            **how,
-            **stop,
-            "num_return_sequences": self.num_samples,
-            "pad_token_id": tokenizer.pad_token_id,
-        }
-
-    def cut(self, text: str) -> str:
-        """The text up to the first stop text; `generate` ends with the token in which that is complete."""
-        return text[: min((at for stop in self.stop if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 # ------------------------------------------------------------------ loading
@@ -110,7 +50,8 @@ def load_for_generation(
         UserError: nothing there that loads, or options that do not go with it.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    adapter = _find_adapter(checkpoint)
+    checkpoint = checkpoint_path(checkpoint)
+    adapter = _is_adapter(checkpoint)
     if adapter and quantize:
         raise UserError(
             f"quantize={quantize}: an adapter's base is loaded as it was trained on; to quantize in another way, "
@@ -123,6 +64,8 @@ def load_for_generation(
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
     if not adapter:
         return load_model(checkpoint, quantize, device), tokenizer
+    from llmkit.finetuning.merge import load_with_adapter  # here, since importing peft takes seconds
+
     model = load_with_adapter(checkpoint, base, device).get_base_model()
     if (Path(checkpoint) / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint)
@@ -139,8 +82,7 @@ def load_model(checkpoint: str, quantize: Quantization | None, device: torch.dev
         UserError: it does not load.
     """
     dtype = torch.bfloat16 if bf16_is_fast(device.type) else torch.float32
-    quantized = {"int8": BitsAndBytesConfig(load_in_8bit=True), "nf4": quantization_config(dtype)}
-    how = {"dtype": dtype, "quantization_config": quantized[quantize]} if quantize else {"dtype": "auto"}
+    how = {"dtype": dtype, "quantization_config": _quantization(quantize, dtype)} if quantize else {"dtype": "auto"}
     try:
         return AutoModelForCausalLM.from_pretrained(
             checkpoint, device_map={"": device}, trust_remote_code=False, use_safetensors=True, **how
@@ -149,22 +91,13 @@ def load_model(checkpoint: str, quantize: Quantization | None, device: torch.dev
         raise UserError(f"{checkpoint}: its model does not load ({reason(error)})") from error
 
 
-def _find_adapter(checkpoint: str) -> bool:
-    """Whether it is an adapter.
+def _quantization(kind: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig:
+    from llmkit.finetuning.adapters import quantization_config  # here, since importing peft takes seconds
 
-    Raises:
-        UserError: a local path at which there is no checkpoint at all.
-    """
-    folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
-        if not any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
-            last = get_last_checkpoint(str(folder))
-            hint = f"give one that its training saved, such as {last}" if last else "give a folder that training saved"
-            raise UserError(
-                f"{checkpoint}: no checkpoint in this folder (no config.json, no adapter_config.json): {hint}"
-            )
-    elif folder.exists() or folder.is_absolute() or checkpoint.startswith((".", "~")) or len(folder.parts) > 2:
-        raise UserError(f"{checkpoint}: no such folder: give a checkpoint's folder, or a model's name on the Hub")
+    return BitsAndBytesConfig(load_in_8bit=True) if kind == "int8" else quantization_config(dtype)
+
+
+def _is_adapter(checkpoint: str) -> bool:
     try:
         return find_adapter_config_file(checkpoint) is not None
     except OSError as error:
@@ -176,12 +109,32 @@ def _find_adapter(checkpoint: str) -> bool:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What follows a prompt: its text, cut before a stop text, and the number of tokens generated for it, the end
-    token not among them."""
+    """What follows a prompt.
+
+    Attributes:
+        text: cut before a stop text.
+        tokens: how many were generated for it, the end token not among them.
+        slid: whether the text is longer than the context, so that its end did not follow from its beginning.
+    """
 
     prompt: str
     text: str
     tokens: int
+    slid: bool
+
+
+@dataclass
+class _Row:
+    """A text that is being continued: its tokens, and how many more are wanted."""
+
+    prompt: str
+    ids: list[int]
+    length: int  # of the prompt
+    wanted: int
+
+    def window(self, context: int | float) -> list[int]:
+        """What the model reads next: all tokens if one more fits the context, else the last half of a context."""
+        return self.ids if len(self.ids) < context else self.ids[-max(1, int(context) // 2) :]
 
 
 def continue_prompts(
@@ -193,35 +146,74 @@ def continue_prompts(
 ) -> list[Continuation]:
     """Continue all prompts as one batch, padded on the left.
 
+    Where `max_new_tokens` is more than fits the context, the window slides: whenever a text fills the context, its
+    last half is read again as a new beginning (nanoGPT moves on token by token, and so computes every window anew).
+    Each prompt has the whole context to itself, however long its neighbours are.
+
     Args:
         write: of a single continuation, receives its text piece by piece while it is generated.
 
     Raises:
-        UserError: a prompt and its new tokens do not fit the context.
+        UserError: a prompt fills the context.
     """
     assert write is None or len(prompts) * sampling.num_samples == 1
+    context = context_length(model)
     # Nothing: as a document begins.
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    rows = [tokenizer(prompt, verbose=False)["input_ids"] or [start] for prompt in prompts]
-    max_new_tokens = min(_new_tokens(len(row), context_length(model), sampling.max_new_tokens) for row in rows)
-    longest = max(len(row) for row in rows)
-    padded = [[tokenizer.pad_token_id] * (longest - len(row)) + row for row in rows]
-    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    rows = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, verbose=False)["input_ids"] or [start]
+        wanted = _new_tokens(len(ids), context, sampling.max_new_tokens)
+        rows += [_Row(prompt, ids, len(ids), wanted) for _ in range(sampling.num_samples)]
+    streamer = PieceStreamer(tokenizer, sampling, write) if write else None
+    going = rows
+    while going:
+        _continue_rows(model, tokenizer, going, sampling, streamer)
+        going = [row for row in going if row.wanted]
+    if streamer:
+        streamer.finish()
+    return [
+        Continuation(
+            prompt=row.prompt,
+            text=sampling.cut(tokenizer.decode(row.ids[row.length :], skip_special_tokens=True)),
+            tokens=len(row.ids) - row.length,
+            slid=len(row.ids) > context,
+        )
+        for row in rows
+    ]
+
+
+def _continue_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[_Row],
+    sampling: Sampling,
+    streamer: "PieceStreamer | None",
+) -> None:
+    """Generate for all rows until the first one has what it wants or fills the context."""
+    context = context_length(model)
+    windows = [row.window(context) for row in rows]
+    count = min(min(row.wanted, context - len(window)) for row, window in zip(rows, windows, strict=True))
+    longest = max(map(len, windows))
+    padded = [[tokenizer.pad_token_id] * (longest - len(window)) + window for window in windows]
+    mask = [[0] * (longest - len(window)) + [1] * len(window) for window in windows]
     output = model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
-        max_new_tokens=max_new_tokens,
-        streamer=PieceStreamer(tokenizer, sampling, write) if write else None,
+        max_new_tokens=count,
+        streamer=streamer,
         **sampling.arguments(tokenizer),
-    )  # (len(prompts) * num_samples, longest + new tokens)
-    continuations = []
-    for prompt, row in zip((p for p in prompts for _ in range(sampling.num_samples)), output, strict=True):
-        ids = row[longest:].tolist()
-        while ids and ids[-1] == tokenizer.pad_token_id:
-            ids.pop()
-        text = sampling.cut(tokenizer.decode(ids, skip_special_tokens=True))
-        continuations.append(Continuation(prompt, text, len(ids) - (ids[-1:] == [tokenizer.eos_token_id])))
-    return continuations
+    )[:, longest:].tolist()  # (rows, count)
+    end_tokens = model.generation_config.eos_token_id
+    end_tokens = set(end_tokens if isinstance(end_tokens, list) else [end_tokens])
+    for row, new in zip(rows, output, strict=True):
+        end = next((at for at, token in enumerate(new) if token in end_tokens), None)
+        new = new[:end]
+        while new and new[-1] == tokenizer.pad_token_id:  # after a stop text
+            new.pop()
+        row.ids = row.ids + new
+        text = tokenizer.decode(row.ids[row.length :], skip_special_tokens=True)
+        row.wanted = 0 if end is not None or sampling.cut(text) != text else row.wanted - count
 
 
 def context_length(model: PreTrainedModel) -> int | float:
@@ -234,11 +226,6 @@ def _new_tokens(length: int, context: int | float, wanted: int | None) -> int:
     room = context - length
     if room < 1:
         raise UserError(f"the prompt has {length} tokens and the model's context {context}: shorten it")
-    if wanted is not None and wanted > room:
-        raise UserError(
-            f"the prompt's {length} tokens and max_new_tokens={wanted} are more than the context of {context}: "
-            f"{room} new tokens fit, or shorten the prompt"
-        )
     return min(room, DEFAULT_NEW_TOKENS) if wanted is None else wanted
 
 
@@ -255,12 +242,13 @@ class PieceStreamer(BaseStreamer):
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.write = write
-        self.ids: list[int] | None = None
+        self.ids: list[int] = []
+        self.at_prompt = True  # what `generate` hands over first
         self.written = 0
 
     def put(self, value: torch.Tensor) -> None:
-        if self.ids is None:
-            self.ids = []  # the first is the prompt
+        if self.at_prompt:
+            self.at_prompt = False
             return
         self.ids += value.tolist()
         text = self.sampling.cut(whole := self.tokenizer.decode(self.ids, skip_special_tokens=True))
@@ -270,7 +258,11 @@ class PieceStreamer(BaseStreamer):
         self._write_up_to(text.rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def end(self) -> None:
-        self._write_up_to(self.sampling.cut(self.tokenizer.decode(self.ids or [], skip_special_tokens=True)))
+        self.at_prompt = True  # the text may go on in another call of `generate`
+
+    def finish(self) -> None:
+        """Write what was held back, for the text is complete."""
+        self._write_up_to(self.sampling.cut(self.tokenizer.decode(self.ids, skip_special_tokens=True)))
 
     def _write_up_to(self, text: str) -> None:
         if len(text) > self.written:

@@ -238,7 +238,7 @@ def test_load_tokenizer_opens_a_folder(bpe, tmp_path):
 
 @pytest.mark.parametrize("name", ["/nowhere/at/all", "./nowhere", "~no-such-user/tokenizer", "runs/nowhere/tokenizer"])
 def test_load_tokenizer_of_no_folder(name):
-    with pytest.raises(UserError, match=f"tokenizer {name}: no such folder"):
+    with pytest.raises(UserError, match=f"'{name}': there is no such file or folder"):
         load_tokenizer(name)
 
 

@@ -1,5 +1,6 @@
 """Generating and chatting: the text that plain transformers gives, streamed, cut, batched, cached and quantized."""
 
+import copy
 import io
 import signal
 import subprocess
@@ -150,17 +151,45 @@ def test_without_max_new_tokens_the_context_is_the_limit(loaded):
     assert found[0].tokens == CONTEXT - length > 10
 
 
+def test_a_long_prompt_does_not_shorten_its_neighbours(loaded):
+    prompts = ["x " * 50, "def read"]
+    whole = Sampling(temperature=0, max_new_tokens=100)
+    for sampling in Sampling(temperature=0), whole:
+        single = [continue_prompts(*loaded, [prompt], sampling)[0] for prompt in prompts]
+        assert continue_prompts(*loaded, prompts, sampling) == single
+    assert [each.tokens for each in single] == [100, 100]
+    assert [each.slid for each in single] == [True, False]
+
+
+def test_the_window_slides_when_more_is_wanted_than_fits(loaded, checkpoint, capsys):
+    """Whenever the context is full, its last half is the beginning of the next window."""
+    model, tokenizer = loaded
+    ids = window = tokenizer("def read")["input_ids"]
+    for _ in range(300):
+        with torch.no_grad():
+            token = model(torch.tensor([window])).logits[0, -1].argmax().item()
+        ids, window = [*ids, token], [*window, token]
+        if len(window) == CONTEXT:
+            window = window[-CONTEXT // 2 :]
+    cli.main(["generate", checkpoint, "def read", "--temperature", "0", "--max_new_tokens", "300"])
+    out, err = capsys.readouterr()
+    assert out == tokenizer.decode(ids) + "\n"
+    assert err.count(f"the context of {CONTEXT} tokens") == 1
+    cli.main(["generate", checkpoint, "def read", "--temperature", "0"])
+    assert "context" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            ["x", "--max_new_tokens", "128"],
-            "the prompt's 1 tokens and max_new_tokens=128 are more than the context of 128",
-        ),
         (["x " * 128], "the prompt has 2"),
         (["x", "--max_new_tokens", "0"], "max_new_tokens is 0"),
         (["x", "--temperature", "-1"], "temperature is -1.0"),
         (["x", "--temperature", "nan"], "temperature is nan"),
+        (["x", "--temperature", "1e-45"], "temperature is 1e-45"),
+        (["x", "--seed", "9" * 20], "a seed is a whole number"),
+        (["x", "--seed", "-1"], "a seed is a whole number"),
+        (["caf\udce9"], r"'caf\udce9' is not UTF-8"),
         (["x", "--top_k", "-1"], "top_k is -1"),
         (["x", "--top_p", "1.5"], "top_p is 1.5"),
         (["x", "--stop", ""], "stop is an empty text"),
@@ -176,7 +205,7 @@ def test_mistakes_are_one_line(flags, message, checkpoint, capsys):
 
 
 def test_folders_that_are_no_checkpoint(checkpoint, adapter, tmp_path, capsys):
-    assert "no such folder" in failing(["generate", str(tmp_path / "missing"), "x"], capsys)
+    assert "no such file or folder" in failing(["generate", str(tmp_path / "missing"), "x"], capsys)
     assert "no config.json" in failing(["generate", str(tmp_path), "x"], capsys)
     (tmp_path / "checkpoint-7").mkdir()
     assert f"such as {tmp_path}/checkpoint-7" in failing(["generate", str(tmp_path), "x"], capsys)
@@ -214,7 +243,7 @@ def test_pieces_are_whole_characters_and_come_at_once(loaded):
     for token in ids:
         streamer.put(torch.tensor([token]))
     assert "".join(pieces) == text, "before the end is known"
-    streamer.end()
+    streamer.finish()
     assert "".join(pieces) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces)
     assert len(pieces) > 15
@@ -228,7 +257,7 @@ def test_a_stop_text_is_not_begun(loaded):
     for token in tokenizer("aXYb\n\ncXYZd")["input_ids"]:
         streamer.put(torch.tensor([token]))
         seen.append("".join(pieces))
-    streamer.end()
+    streamer.finish()
     assert seen[0] == "a"
     assert seen[1:3] == ["a", "a"]  # X, Y
     assert "aXYb" in seen
@@ -329,6 +358,34 @@ def test_chat_through_a_pipe(adapter, chatting, monkeypatch, capsys):
     assert out == "".join(f"{answer.lstrip()}\n" for answer in (first, second, again, last))
     assert err.startswith("error: the question has ")
     assert f"(the context of {CONTEXT} tokens is full: the oldest turn was forgotten)" in err
+
+
+def test_chat_takes_a_system_prompt(chatting):
+    sampling = Sampling(temperature=0, max_new_tokens=8)
+    chat, plain = Chat(*chatting, sampling, system="Be brief."), Chat(*chatting, sampling)
+    assert chat.answer("read?", say_nothing) != plain.answer("read?", say_nothing)
+    assert chatting[1].decode(chat.cached).startswith("Be brief.\n### Human: read?")
+    chat.reset()
+    chat.answer("write?", say_nothing)
+    assert chatting[1].decode(chat.cached).startswith("Be brief.\n### Human: write?")
+
+
+@pytest.mark.parametrize("template", ["{{ messages[-1].content }}", "{{ raise_exception('no system') }}"])
+def test_a_template_without_a_system_prompt_refuses_one(chatting, template):
+    model, tokenizer = chatting
+    other = copy.deepcopy(tokenizer)
+    other.chat_template = template
+    with pytest.raises(UserError, match="has no system prompt"):
+        Chat(model, other, Sampling(), system="Be brief.")
+
+
+def test_chat_commands(adapter, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("/help\n/hlep\n/exit"))
+    cli.main(["chat", adapter])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert all(f"\n{command} " in f"\n{err}" for command in ("/help", "/reset", "/exit"))
+    assert "error: /hlep is not a command" in err
 
 
 def test_chat_needs_a_template(checkpoint, capsys):
