@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.runs.metrics import METRICS
 
 # Windows of a model that reads more than this: longer ones cost memory, and few texts are long enough to gain by them.
 LONGEST_WINDOW = 2048
@@ -168,13 +169,13 @@ def _table(results: list[dict]) -> str:
     shown = {"checkpoint": [result["checkpoint"] for result in results]}
     first = results[0]
     if "loss" in first:
-        shown["loss"] = [f"{result['loss']:.4f}" for result in results]
-        shown["perplexity"] = [f"{result['perplexity']:,.2f}" for result in results]
-        shown["bits/byte"] = [f"{result['bits_per_byte']:.4f}" for result in results]
+        for key, column in (("loss", "loss"), ("perplexity", "perplexity"), ("bits_per_byte", "bits/byte")):
+            shown[column] = [METRICS[f"eval_{key}"].write(result[key]) for result in results]
     if "hellaswag/acc" in first:
         for name in ("acc", "acc_norm"):
             key = f"hellaswag/{name}"
-            shown[key] = [f"{result[key]:.4f} ± {result[f'{key}_stderr']:.4f}" for result in results]
+            write = METRICS[key].write
+            shown[key] = [f"{write(result[key])} ± {write(result[f'{key}_stderr'])}" for result in results]
     widths = [max(map(len, [name, *column])) for name, column in shown.items()]
     lines = [
         "  ".join(

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llmkit.runs.metrics import METRICS
 from llmkit.runs.run import LOG, Run, load_run
 from llmkit.sharing.loss_curve import draw_loss
 
@@ -21,7 +22,7 @@ HYPERPARAMETERS += ("gradient_accumulation_steps", "block_size", "max_length", "
 HYPERPARAMETERS += ("muon_learning_rate", "lr_schedule", "lr_scheduler_type", "warmup_steps", "min_lr_ratio")
 HYPERPARAMETERS += ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "dropout")
 HYPERPARAMETERS += ("bf16", "fp16", "seed", "data_seed")
-METRICS = {"eval_loss": "Validation loss", "eval_perplexity": "Perplexity", "eval_bits_per_byte": "Bits per byte"}
+EVALUATED = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
 
 
 def run_of(checkpoint: Path) -> Run | None:
@@ -197,18 +198,17 @@ def _data(run: Run, dataset: str | None) -> str:
 
 def _results(run: Run, hellaswag: dict) -> str:
     evaluation = run.evaluations[-1] if run.evaluations else {}
-    rows = {
-        label: f"{evaluation[key]:,.{2 if key == 'eval_perplexity' else 4}f}"
-        for key, label in METRICS.items()
-        if key in evaluation
-    }
+    metrics = [METRICS[key] for key in EVALUATED if key in evaluation]
+    rows = {metric.name.capitalize(): metric.write(evaluation[metric.key]) for metric in metrics}
     if hellaswag:
         error = hellaswag.get("hellaswag/acc_norm_stderr")
-        rows["HellaSwag acc_norm"] = f"{hellaswag['hellaswag/acc_norm']:.4f}" + (f" ± {error:.4f}" if error else "")
+        metric = METRICS["hellaswag/acc_norm"]
+        text = metric.write(hellaswag[metric.key]) + (f" ± {metric.write(error)}" if error else "")
         if questions := hellaswag.get("hellaswag/questions"):
-            rows["HellaSwag acc_norm"] += f" ({questions:,.0f} questions)"
+            text += f" ({questions:,.0f} questions)"
+        rows[metric.name] = text
     if run.training:
-        rows["Training loss"] = f"{run.training[-1]['loss']:.4f}"
+        rows["Training loss"] = METRICS["loss"].write(run.training[-1]["loss"])
     rows["At step"] = f"{run.log[-1]['step']:,}"
     return _table(rows)
 
@@ -251,7 +251,7 @@ def _eval_results(run: Run | None, dataset: str | None, hellaswag: dict) -> list
     results = []
     if dataset and run.evaluations:
         measured = {
-            key: run.evaluations[-1][key] for key in METRICS if math.isfinite(run.evaluations[-1].get(key, math.inf))
+            key: run.evaluations[-1][key] for key in EVALUATED if math.isfinite(run.evaluations[-1].get(key, math.inf))
         }
         results += [_result(dataset, dataset, key.removeprefix("eval_"), value) for key, value in measured.items()]
     if hellaswag:

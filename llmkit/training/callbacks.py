@@ -14,6 +14,7 @@ from transformers.trainer_callback import TrainerState
 
 from llmkit.console import say
 from llmkit.errors import UserError
+from llmkit.runs.metrics import METRICS
 from llmkit.runs.record import JsonlLog
 
 
@@ -57,19 +58,6 @@ class Throughput(TrainerCallback):
 class ProgressLine(TrainerCallback):
     """A progress bar where there is a terminal, and a line per log that a person can read."""
 
-    FORMATS = {
-        "loss": "loss {:.4f}",
-        "learning_rate": "lr {:.2e}",
-        "grad_norm": "grad norm {:.2f}",
-        "tokens_per_second": "{:,.0f} tok/s",
-        "trained_tokens": "{:,} trained",
-        "mfu": "mfu {:.1%}",
-        "eval_loss": "validation loss {:.4f}",
-        "eval_perplexity": "perplexity {:.2f}",
-        "eval_bits_per_byte": "{:.4f} bits/byte",
-        "hellaswag/acc_norm": "HellaSwag {:.4f} (acc_norm)",
-    }
-
     def on_train_begin(self, args, state, control, **kwargs):
         disable = None if state.is_world_process_zero else True  # None: only where stderr is not a terminal
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=disable)
@@ -78,7 +66,7 @@ class ProgressLine(TrainerCallback):
         self.bar.update()
 
     def on_log(self, args, state: TrainerState, control, logs=None, **kwargs):
-        shown = [text.format(logs[key]) for key, text in self.FORMATS.items() if key in logs]
+        shown = [m.said.format(m.write(logs[m.key])) for m in METRICS.values() if m.said and m.key in logs]
         if state.is_world_process_zero and shown:
             say(f"step {state.global_step:>6,}/{state.max_steps:,} | " + " | ".join(shown))
 

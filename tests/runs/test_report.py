@@ -98,7 +98,7 @@ def test_the_embedded_data_is_the_log(run):
         *("loss", "eval_loss", "eval_perplexity", "grad_norm", "hellaswag/acc", "hellaswag/acc_norm")
     }
     assert shown["samples"] == [{"prompt": "def", "steps": [10, 20], "texts": ["def one", "def two"]}]
-    assert "validation loss 2.5000, perplexity 12.20, HellaSwag acc_norm 27.0%" in shown["headline"]
+    assert "validation loss 2.5000, perplexity 12.20, HellaSwag acc_norm 0.2700" in shown["headline"]
     assert "A GPT-2 of 12.3k parameters" in shown["headline"] and "2k tokens in 25 s" in shown["headline"]
     assert shown["state"] == {"kind": "finished", "text": "finished, resumed once"}
 

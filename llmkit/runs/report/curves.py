@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from llmkit.runs.metrics import METRICS
 from llmkit.runs.run import Run
 
 MAX_BUCKETS = 1000  # of a long curve; each keeps its lowest and its highest point
@@ -23,21 +24,20 @@ LEFT_OUT = {
 LEFT_OUT |= {"hellaswag/questions", "hellaswag/acc_stderr", "hellaswag/acc_norm_stderr"}
 TIMINGS = ("_runtime", "_per_second", "_preparation_time")  # of Trainer's own, with train_ or eval_ before them
 
-# The charts in the order of the page: title, what is drawn (key: label), and how.
+# How charts are drawn, by title; their lines are those of `METRICS`.
 #   wide: across the page; noisy: with a moving average; log: follows the switch of the scale; percent: as such;
 #   group: of several runs each line gets a chart of its own
-CHARTS = [
-    ("Loss", {"loss": "training", "eval_loss": "validation"}, ("wide", "noisy", "log")),
-    ("Validation bits per byte", {"eval_bits_per_byte": "validation"}, ("log",)),
-    ("Validation perplexity", {"eval_perplexity": "validation"}, ("log",)),
-    ("HellaSwag", {"hellaswag/acc_norm": "acc_norm", "hellaswag/acc": "acc"}, ("percent",)),
-    ("Learning rate", {"learning_rate": "learning rate", "lr/muon": "of Muon's part"}, ()),
-    ("Gradient norm", {"grad_norm": "gradient norm"}, ("noisy", "log")),
-    ("Tokens per second", {"tokens_per_second": "tokens/s"}, ("noisy",)),
-    ("Model FLOPs utilization (MFU)", {"mfu": "MFU"}, ("noisy", "percent")),
-    ("Token accuracy", {"mean_token_accuracy": "training", "eval_mean_token_accuracy": "validation"}, ("percent",)),
-    ("Entropy", {"entropy": "training", "eval_entropy": "validation"}, ()),
-]
+HOW = {
+    "Loss": ("wide", "noisy", "log"),
+    "Validation bits per byte": ("log",),
+    "Validation perplexity": ("log",),
+    "HellaSwag": ("percent",),
+    "Gradient norm": ("noisy", "log"),
+    "Tokens per second": ("noisy",),
+    "Model FLOPs utilization (MFU)": ("noisy", "percent"),
+    "Token accuracy": ("percent",),
+    "Utilization": ("percent",),
+}
 # Families of keys, one line a group of parameters.
 GROUPS = [
     ("update_ratio/", "Update-to-weight ratio", ("group", "log")),
@@ -48,7 +48,11 @@ GROUPS = [
 
 def charts(keys: set[str]) -> list[dict]:
     """The charts for the curves that some run has; a number that is not known here gets one of its own."""
-    specs = [(title, {key: lines[key] for key in lines if key in keys}, how) for title, lines, how in CHARTS]
+    drawn: dict[str, dict[str, str]] = {}
+    for metric in METRICS.values():
+        if metric.chart and metric.key in keys:
+            drawn.setdefault(metric.chart, {})[metric.key] = metric.curve or metric.name
+    specs = [(title, lines, HOW.get(title, ())) for title, lines in drawn.items()]
     for prefix, title, how in GROUPS:
         specs.append((title, {key: key.removeprefix(prefix) for key in sorted(keys) if key.startswith(prefix)}, how))
     known = {key for _, lines, _ in specs for key in lines}
@@ -67,7 +71,7 @@ def curves(run: Run) -> dict:
     """
     steps = np.array([record["step"] for record in run.log])
     columns = {"step": steps, "tokens": tokens(run), "seconds": np.array(run.seconds())}
-    noisy = {key for _, lines, how in CHARTS for key in lines if "noisy" in how} - {"eval_loss"}
+    noisy = {key for key, metric in METRICS.items() if "noisy" in HOW.get(metric.chart, ())} - {"eval_loss"}
     axes: dict[tuple, dict] = {}
     found, broken = {}, []
     for key, indices in logged(run).items():

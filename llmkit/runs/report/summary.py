@@ -4,16 +4,10 @@ import math
 import re
 from datetime import UTC, datetime
 
+from llmkit.runs.metrics import COMPARED, METRICS
 from llmkit.runs.report.curves import tokens
 from llmkit.runs.run import PRETRAINING, Run
 
-FINAL = {
-    "eval_loss": ("validation loss", "{:.4f}"),
-    "eval_perplexity": ("perplexity", "{:,.2f}"),
-    "eval_bits_per_byte": ("bits per byte", "{:.4f}"),
-    "hellaswag/acc_norm": ("HellaSwag acc_norm", "{:.1%}"),
-}
-LOWER_IS_BETTER = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
 MAX_SAMPLES = 100  # of a prompt
 NOT_A_SETTING = {
     "output_dir",
@@ -115,9 +109,11 @@ def headline(run: Run) -> str:
     """The run in one line."""
     text = f"{model_name(run)} on {public(run.record['data']['description'])}: "
     text += f"{quantity(tokens(run)[-1])} {run.counted} in {duration(run.seconds()[-1])}"
-    final = {key: last_value(run, key) for key in FINAL}
-    shown = [f"{name} {form.format(final[key])}" for key, (name, form) in FINAL.items() if final[key] is not None]
-    return ", ".join([text, *shown]) + "."
+    final = [(metric, last_value(run, metric.key)) for metric in COMPARED]
+    return (
+        ", ".join([text, *(f"{metric.name} {metric.write(value)}" for metric, value in final if value is not None)])
+        + "."
+    )
 
 
 def last_value(run: Run, key: str) -> float | None:
@@ -127,20 +123,21 @@ def last_value(run: Run, key: str) -> float | None:
 def figures(run: Run) -> dict[str, dict[str, str | float]]:
     """The key figures by name: `text`, a `note`, and where runs can be ranked by it their `rank`, lowest best."""
     found = {}
-    for key, (name, form) in FINAL.items():
-        values = [(record[key], record["step"]) for record in run.log if key in record]
+    for metric in COMPARED:
+        values = [(record[metric.key], record["step"]) for record in run.log if metric.key in record]
         if not values:
             continue
         last, at = values[-1]
-        sign = 1 if key in LOWER_IS_BETTER else -1
+        sign = 1 if metric.best == "lowest" else -1
         finite = [pair for pair in values if math.isfinite(pair[0])] or values
         best, step = min(finite, key=lambda pair: sign * pair[0])
-        error = last_value(run, key + "_stderr")
-        note = f"± {error:.1%} standard error" if error is not None else f"at step {at:,}"
-        note = f"best {form.format(best)} at step {step:,}" if step != at and best != last else note
-        found[name] = {"text": form.format(last), "note": note, "rank": sign * last}
+        error = last_value(run, f"{metric.key}_stderr")
+        note = f"± {metric.write(error)} standard error" if error is not None else f"at step {at:,}"
+        note = f"best {metric.write(best)} at step {step:,}" if step != at and best != last else note
+        found[metric.name] = {"text": metric.write(last), "note": note, "rank": sign * last}
     if run.training:
-        found["training loss"] = {"text": f"{run.training[-1]['loss']:.4f}", "note": "the last one logged"}
+        metric = METRICS["loss"]
+        found[metric.name] = {"text": metric.write(run.training[-1]["loss"]), "note": "the last one logged"}
     epoch = last_value(run, "epoch")
     note = f"{epoch:.2f} passes over the data" if epoch is not None else ""
     found[f"{run.counted} trained"] = {"text": quantity(tokens(run)[-1]), "note": note}
@@ -148,14 +145,19 @@ def figures(run: Run) -> dict[str, dict[str, str | float]]:
     found["steps"] = {"text": f"{run.log[-1]['step']:,}", "note": f"of {planned:,}" if planned else ""}
     stints = f"over {len(run.starts)} starts" if len(run.starts) > 1 else "evaluation and samples included"
     found["time"] = {"text": duration(run.seconds()[-1]), "note": stints}
-    speeds = sorted(record["tokens_per_second"] for record in run.training if "tokens_per_second" in record)
-    if speeds:
-        machine = run.record["machine"]
-        note = f"median, on {machine['ranks']} x {machine['device']}"
-        found["tokens per second"] = {"text": f"{speeds[len(speeds) // 2]:,.0f}", "note": note}
-    utilization = sorted(record["mfu"] for record in run.training if "mfu" in record)
-    if utilization:
-        found["MFU"] = {"text": f"{utilization[len(utilization) // 2]:.1%}", "note": "median"}
+    machine = run.record["machine"]
+    notes = {
+        "tokens_per_second": f"median, on {machine['ranks']} x {machine['device']}",
+        "mfu": "median",
+        "cpu_utilization": "median, of the first process",
+        "gpu_utilization": "median, of the first GPU",
+    }
+    for key, note in notes.items():
+        if values := sorted(record[key] for record in run.training if key in record):
+            found[METRICS[key].name] = {"text": METRICS[key].write(values[len(values) // 2]), "note": note}
+    for key, note in (("memory_gib", "of the first process"), ("gpu_memory_gib", "of the first GPU")):
+        if values := [record[key] for record in run.training if key in record]:
+            found[METRICS[key].name] = {"text": f"{METRICS[key].write(max(values))} GiB", "note": note}
     return found
 
 

@@ -1,0 +1,77 @@
+"""The numbers that a run logs: what each is called and how it is written, in one table.
+
+The progress line, the report, the model card and the command line read it. A number that is logged and does not stand
+here is in the log all the same, and in the report as a chart of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number of a log.
+
+    Attributes:
+        key: in the log.
+        name: in tables.
+        spec: of its format.
+        said: how the progress line says it, with `{}` for the number; nothing where it does not.
+        best: which of several runs is the better one, where they can be compared by it.
+        chart, curve: the title of its chart in the report, and what its line is called there.
+    """
+
+    key: str
+    name: str
+    spec: str
+    said: str = ""
+    best: Literal["lowest", "highest"] | None = None
+    chart: str = ""
+    curve: str = ""
+
+    def write(self, value: float) -> str:
+        """The number as people read it."""
+        return format(value, self.spec)
+
+
+# In the order of the progress line, and of the report's figures and charts.
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("loss", "training loss", ".4f", "loss {}", chart="Loss", curve="training"),
+        Metric("eval_loss", "validation loss", ".4f", "validation loss {}", "lowest", "Loss", "validation"),
+        Metric("eval_perplexity", "perplexity", ",.2f", "perplexity {}", "lowest", "Validation perplexity"),
+        Metric("eval_bits_per_byte", "bits per byte", ".4f", "{} bits/byte", "lowest", "Validation bits per byte"),
+        Metric(
+            "hellaswag/acc_norm",
+            "HellaSwag acc_norm",
+            ".4f",
+            "HellaSwag {} (acc_norm)",
+            "highest",
+            "HellaSwag",
+            "acc_norm",
+        ),
+        Metric("hellaswag/acc", "HellaSwag acc", ".4f", chart="HellaSwag", curve="acc"),
+        Metric("learning_rate", "learning rate", ".2e", "lr {}", chart="Learning rate", curve="learning rate"),
+        Metric("lr/muon", "learning rate of Muon's part", ".2e", chart="Learning rate", curve="of Muon's part"),
+        Metric("grad_norm", "gradient norm", ".2f", "grad norm {}", chart="Gradient norm"),
+        Metric("tokens_per_second", "tokens per second", ",.0f", "{} tok/s", chart="Tokens per second"),
+        Metric("trained_tokens", "tokens trained on", ",", "{} trained"),
+        Metric("mfu", "MFU", ".1%", "mfu {}", chart="Model FLOPs utilization (MFU)"),
+        Metric("mean_token_accuracy", "token accuracy", ".1%", chart="Token accuracy", curve="training"),
+        Metric(
+            "eval_mean_token_accuracy",
+            "validation token accuracy",
+            ".1%",
+            chart="Token accuracy",
+            curve="validation",
+        ),
+        Metric("entropy", "entropy", ".3f", chart="Entropy", curve="training"),
+        Metric("eval_entropy", "validation entropy", ".3f", chart="Entropy", curve="validation"),
+        Metric("memory_gib", "peak memory", ".2f", chart="Peak memory (GiB)", curve="main memory"),
+        Metric("gpu_memory_gib", "peak GPU memory", ".2f", chart="Peak memory (GiB)", curve="GPU"),
+        Metric("cpu_utilization", "CPU utilization", ".0%", chart="Utilization", curve="CPU"),
+        Metric("gpu_utilization", "GPU utilization", ".0%", chart="Utilization", curve="GPU"),
+    )
+}
+COMPARED = [metric for metric in METRICS.values() if metric.best]
