@@ -2,10 +2,13 @@
 
 import errno
 import functools
+import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+from llmkit.console import ShownLogRecord, shown
 
 
 class UserError(ValueError):
@@ -38,6 +41,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
+        logging.setLogRecordFactory(ShownLogRecord)
         try:
             main(*args, **kwargs)
         except UserError as error:
@@ -57,7 +61,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
 def _exit(message: str) -> NoReturn:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print(f"error: {shown(message, sys.stderr)}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 

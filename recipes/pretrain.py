@@ -10,6 +10,7 @@ from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
+from llmkit.console import shown
 from llmkit.data.arguments import DataArguments
 from llmkit.data.prepare import prepare_pretraining_data
 from llmkit.data.windows import TokenWindows
@@ -51,7 +52,7 @@ def main():
     trainer = PretrainTrainer(
         model, args, train_windows, validation_windows, processing_class=tokenizer, source=(data_args, model_args)
     )
-    trainer.accelerator.print(trainer.summary())
+    trainer.accelerator.print(shown(trainer.summary()))
     trainer.train(resume_from_checkpoint=resume_from)
     if trainer.state.global_step < args.max_steps:
         trainer.write_report()

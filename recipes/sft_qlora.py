@@ -12,6 +12,7 @@ from pathlib import Path
 import datasets
 from transformers.utils.logging import disable_progress_bar
 
+from llmkit.console import has_color, shown
 from llmkit.errors import exit_on_user_error
 from llmkit.finetuning.adapters import (
     AdapterArguments,
@@ -51,7 +52,7 @@ def main():
     train, validation = load_conversations(data_args)
     train_rows, validation_rows = encode_all(train, tokenizer), encode_all(validation, tokenizer)
     findings = audit(train, train_rows, tokenizer, args.max_length)
-    say(findings.table(), "\n\n" + show_tokens(train_rows[0], tokenizer, color=sys.stdout.isatty()), "\n")
+    say(shown(findings.table()), "\n\n" + show_tokens(train_rows[0], tokenizer, color=has_color()), "\n")
     findings.check()
     audit(validation, validation_rows, tokenizer, args.max_length).check()
 

@@ -3,11 +3,11 @@
 import argparse
 import dataclasses
 import itertools
-import sys
 import time
 from pathlib import Path
 
 from llmkit.cli.arguments import read_stdin
+from llmkit.console import has_color, say
 from llmkit.errors import UserError
 
 DEFAULT_VOCAB_SIZE = 4096
@@ -116,7 +116,7 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
     sample = list(itertools.islice(pieces, 100))
     num_tokens = sum(len(encoding.ids) for encoding in document_encoder(tokenizer).encode_batch_fast(sample))
     bytes_per_token = sum(len(piece.encode()) for piece in sample) / num_tokens
-    print(f"trained on {corpus.description} in {seconds:.1f} s")
+    say(f"trained on {corpus.description} in {seconds:.1f} s")
     print(f"{len(tokenizer):,} tokens, {bytes_per_token:.2f} bytes of text a token; saved in {output}")
 
 
@@ -143,13 +143,13 @@ def _show_tokens(args: argparse.Namespace) -> None:
         Path(args.html).write_text(as_page(segmentations), encoding="utf-8")
         print(f"saved {args.html}")
         return
-    color = args.color or sys.stdout.isatty()
+    color = args.color or has_color()
     for segmentation in segmentations:
         if args.compare:
-            print(f"--- {segmentation.name}")
-        shown = with_ids(segmentation) if args.ids else in_terminal(segmentation, color)
-        print(shown.removesuffix("\n"), end="\n\n")
-    print(facts_table(segmentations))
+            say(f"--- {segmentation.name}")
+        text = with_ids(segmentation) if args.ids else in_terminal(segmentation, color)
+        print(text.removesuffix("\n"), end="\n\n")
+    say(facts_table(segmentations))
 
 
 def _read_text(source: str) -> str:

@@ -5,6 +5,7 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from llmkit.console import shown
 from llmkit.errors import UserError
 from llmkit.runs.metrics import METRICS
 
@@ -88,7 +89,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     if accelerator.is_main_process:
         if args.output:
             Path(args.output).write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-        print(json.dumps(results, indent=1) if args.json else _table(results))
+        print(json.dumps(results, indent=1) if args.json else shown(_table(results)))
     accelerator.end_training()
 
 

@@ -1,7 +1,8 @@
 """Commands around a fine-tune: `audit` before it, `merge` after it."""
 
 import argparse
-import sys
+
+from llmkit.console import has_color, say
 
 
 def add_commands(nouns) -> None:
@@ -34,7 +35,8 @@ def _audit(args: argparse.Namespace) -> None:
     for conversations in load_conversations(data_args):
         rows = encode_all(conversations, tokenizer)
         findings = audit(conversations, rows, tokenizer, training_args.max_length)
-        print(findings.table(), show_tokens(rows[0], tokenizer, color=sys.stdout.isatty()), sep="\n\n", end="\n\n")
+        say(findings.table() + "\n")
+        print(show_tokens(rows[0], tokenizer, color=has_color()), end="\n\n")
         findings.check()
 
 

@@ -7,6 +7,7 @@ import time
 import warnings
 
 from llmkit.cli.arguments import read_stdin
+from llmkit.console import shown
 from llmkit.errors import UserError
 from llmkit.inference.sampling import Sampling
 from llmkit.paths import checkpoint_path
@@ -122,7 +123,7 @@ def _load(args: argparse.Namespace):
 
 
 def _write(text: str) -> None:
-    print(text, end="", flush=True)
+    print(shown(text), end="", flush=True)
 
 
 def _generate(args: argparse.Namespace) -> None:
@@ -142,10 +143,10 @@ def _generate(args: argparse.Namespace) -> None:
         found = continue_prompts(
             model, tokenizer, prompts, sampling, write=lambda text: _write(next(pieces, "") + text)
         )
-        print(next(pieces, ""))
+        _write(next(pieces, "") + "\n")
     else:
         found = continue_prompts(model, tokenizer, prompts, sampling)
-        print(f"\n{SEPARATOR}\n".join(each.prompt + each.text for each in found))
+        _write(f"\n{SEPARATOR}\n".join(each.prompt + each.text for each in found) + "\n")
     if any(each.slid for each in found):
         note = f"(longer than the context of {context_length(model)} tokens: the window slid over the text)"
         print(note, file=sys.stderr)
@@ -188,7 +189,7 @@ def _chat(args: argparse.Namespace) -> None:
                 chat.answer(question, AnswerWriter())
                 print()
             except UserError as error:
-                print(f"error: {error}", file=sys.stderr)
+                print(f"error: {shown(str(error), sys.stderr)}", file=sys.stderr)
             if chat.forgotten > forgotten:
                 number = chat.forgotten - forgotten
                 turns = "the oldest turn was" if number == 1 else f"the {number} oldest turns were"

@@ -10,6 +10,7 @@ from pathlib import Path
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from llmkit.console import say
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import Corpus, open_corpus
 from llmkit.data.manifest import MANIFEST, Manifest, load_manifest, write_json
@@ -129,7 +130,7 @@ def _train_tokenizer(args: DataArguments, corpus: Corpus, directory: Path) -> No
     else:
         tokenizer = train_character_tokenizer(text)
     tokenizer.save_pretrained(directory)
-    print(f"trained a {args.tokenizer} tokenizer of {len(tokenizer):,} tokens on {corpus.description}")
+    say(f"trained a {args.tokenizer} tokenizer of {len(tokenizer):,} tokens on {corpus.description}")
 
 
 def _first_characters(documents: Iterator[str], limit: int) -> Iterator[str]:

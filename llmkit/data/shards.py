@@ -24,6 +24,7 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from llmkit.console import say
 from llmkit.data.corpus import Corpus
 from llmkit.data.encoding import fastest_encoder, map_in_order, token_dtype
 from llmkit.data.holdout import Piece, in_batches, split_pieces
@@ -184,15 +185,13 @@ class _Preparation:
                 break
         text, place = self.corpus.description, f"{self.directory} ({_size(free)} free)"
         if self.num_bytes is None or not sample:
-            print(f"shards: {text}, size unknown, to {place}", flush=True)
+            say(f"shards: {text}, size unknown, to {place}")
             return
         tokens_per_byte = sum(map(len, self.encode(sample))) / sum(len(text.encode()) for text in sample)
         tokens = self.num_bytes * tokens_per_byte
         need = max(0, self.num_bytes - self._sum("bytes")) * tokens_per_byte * self.dtype.itemsize
-        print(
-            f"shards: {text}, {_size(self.num_bytes)}, about {tokens:,.0f} tokens: {_size(need)} to write to {place}",
-            flush=True,
-        )
+        size = _size(self.num_bytes)
+        say(f"shards: {text}, {size}, about {tokens:,.0f} tokens: {_size(need)} to write to {place}")
         if need > free:
             raise UserError(
                 f"{self.directory}: the shards need about {_size(need)} and the disk has {_size(free)} free: "

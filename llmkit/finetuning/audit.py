@@ -6,6 +6,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llmkit.console import shown
 from llmkit.errors import UserError
 from llmkit.finetuning.conversations import Conversations
 from llmkit.model.loss import IGNORE_INDEX
@@ -99,7 +100,7 @@ def show_tokens(row: dict, tokenizer: PreTrainedTokenizerBase, color: bool) -> s
             text += before if trained else between
         elif text:
             text += "|"
-        text += piece
+        text += shown(piece)
         was_trained = trained
     return text + ((after or between) if color or was_trained else "")
 
