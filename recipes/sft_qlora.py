@@ -54,7 +54,7 @@ def main():
     findings = audit(train, train_rows, tokenizer, args.max_length)
     say(shown(findings.table()), "\n\n" + show_tokens(train_rows[0], tokenizer, color=has_color()), "\n")
     findings.check()
-    audit(validation, validation_rows, tokenizer, args.max_length).check()
+    audit(validation, validation_rows, tokenizer, args.max_length).check_held_out()
 
     # The frozen base in 4 bits, on this rank's device, and an adapter on it.
     model = load_base_model(adapter_args, args.compute_dtype, args.device)

@@ -24,7 +24,7 @@ def add_commands(nouns) -> None:
 
 def _audit(args: argparse.Namespace) -> None:
     from llmkit.finetuning.adapters import AdapterArguments, load_chat_tokenizer
-    from llmkit.finetuning.audit import audit, show_tokens
+    from llmkit.finetuning.audit import Audit, audit, show_tokens
     from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
     from llmkit.finetuning.sft_trainer import SFTArguments
     from llmkit.recipe_parser import RecipeParser
@@ -32,12 +32,13 @@ def _audit(args: argparse.Namespace) -> None:
     parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)
     data_args, adapter_args, training_args = parser.parse(args.fields)
     tokenizer = load_chat_tokenizer(adapter_args)
-    for conversations in load_conversations(data_args):
+    train, validation = load_conversations(data_args)
+    for conversations, check in ((train, Audit.check), (validation, Audit.check_held_out)):
         rows = encode_all(conversations, tokenizer)
         findings = audit(conversations, rows, tokenizer, training_args.max_length)
         say(findings.table() + "\n")
         print(show_tokens(rows[0], tokenizer, color=has_color()), end="\n\n")
-        findings.check()
+        check(findings)
 
 
 def _merge(args: argparse.Namespace) -> None:

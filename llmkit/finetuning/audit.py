@@ -1,8 +1,8 @@
 """What a fine-tune would learn from its data, counted and shown before it starts."""
 
+import re
 from dataclasses import dataclass
 
-import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -28,6 +28,7 @@ class Audit:
     truncated: int
     nothing_trained: int
     malformed: dict[str, int]
+    ambiguous: list[str]  # the texts
     max_length: int
     end_token: str
 
@@ -43,12 +44,28 @@ class Audit:
             "nothing to train": f"{self.nothing_trained:,}, left out",
             "malformed": f"{sum(self.malformed.values()):,}, left out",
         }
+        details = [f"{count:,} {why}" for why, count in self.malformed.items()]
+        if self.ambiguous:
+            details.append(f"an ambiguous one: {_markers(self.ambiguous[0])}")
         width = max(map(len, rows))
         lines = [f"{name:>{width}}  {text}" for name, text in rows.items()]
-        return "\n".join(lines + [f"{'':>{width}}    {count:,} {why}" for why, count in self.malformed.items()])
+        return "\n".join(lines + [f"{'':>{width}}    {detail}" for detail in details])
+
+    def check_held_out(self) -> None:
+        """Refuse held-out conversations that cannot be evaluated.
+
+        Raises:
+            UserError: no token of an answer is left.
+        """
+        if self.trained_tokens == 0:
+            raise UserError(
+                f"{self.source}: no answer of the {self.examples:,} held-out conversations starts within max_length "
+                f"{self.max_length}, so they cannot be evaluated: raise max_length, or hold out others with "
+                "validation_fraction or validation_split"
+            )
 
     def check(self) -> None:
-        """Stop what would teach nothing, or never to stop.
+        """Refuse what would teach nothing, or never to stop.
 
         Raises:
             UserError: no token is trained, or no end token.
@@ -77,17 +94,24 @@ def audit(conversations: Conversations, rows: Dataset, tokenizer: PreTrainedToke
     return Audit(
         source=conversations.description,
         examples=len(rows),
-        tokens=int(np.minimum(lengths, max_length).sum()),
+        tokens=sum(min(length, max_length) for length in lengths),
         trained_tokens=sum(trained),
         end_tokens=sum(ends),
         answers=sum(message["role"] == "assistant" for messages in conversations.rows for message in messages),
         longest=max(lengths),
         truncated=sum(length > max_length for length in lengths),
         nothing_trained=trained.count(0),
-        malformed=dict(conversations.malformed),
+        malformed=dict(conversations.malformed.most_common()),
+        ambiguous=conversations.ambiguous,
         max_length=max_length,
         end_token=tokenizer.eos_token,
     )
+
+
+def _markers(text: str) -> str:
+    """The surroundings of each marker, on one line and with what is not printable escaped."""
+    places = [marker.span() for marker in re.finditer("### (?:Human|Assistant):", text)]
+    return " ... ".join(repr(text[max(0, start - 24) : end + 16]) for start, end in places)
 
 
 def show_tokens(row: dict, tokenizer: PreTrainedTokenizerBase, color: bool) -> str:

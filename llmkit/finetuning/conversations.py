@@ -1,22 +1,27 @@
-"""Conversations: where they come from, how text becomes turns, and which of its tokens are trained.
+"""Conversations: where they come from, and which of their tokens are trained.
 
 A conversation is a list of messages, `[{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]`.
 What a model has to write is the answers and the token that ends each: exactly what follows the generation prompt of
 the chat template that is saved with the tokenizer. All other tokens are read, not learned (label -100).
 """
 
-import re
+import json
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
+from fsspec.core import url_to_fs
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.sample_data import docstring_conversations
 from llmkit.errors import UserError
+from llmkit.finetuning.turns import Ambiguous, Malformed, Messages, check_turns, split_guanaco
 from llmkit.model.loss import IGNORE_INDEX
 
 # Guanaco's markers, with a line break before each but the first, and the end token after each answer. The generation
@@ -32,15 +37,13 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "\\n### Assistant:" }}{%- endif -%}"""
 
-Messages = list[dict[str, str]]
-
 
 @dataclass
 class ConversationArguments:
     """Where the conversations come from. With no source given: the docstrings of the standard library."""
 
     data_files: list[str] | None = field(
-        default=None, metadata={"help": "Paths or globs of .jsonl or .parquet files, one conversation a row."}
+        default=None, metadata={"help": "Paths, globs or URLs of .jsonl or .parquet files, one conversation a row."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a local folder."})
     dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration, if it has any."})
@@ -48,14 +51,12 @@ class ConversationArguments:
     validation_split: str | None = field(
         default=None, metadata={"help": "The dataset's split for validation; by default a part of the training split."}
     )
-    validation_fraction: float = field(default=0.02, metadata={"help": "That part."})
+    validation_fraction: float = field(
+        default=0.02, metadata={"help": "The part of the training split held out for it."}
+    )
     text_column: str = field(
         default="text", metadata={"help": "The column of guanaco text, where there are no messages and no prompts."}
     )
-
-
-class Malformed(ValueError):
-    """A row that is not trained on; the message is the reason, the same for all rows of that kind."""
 
 
 @dataclass
@@ -65,6 +66,28 @@ class Conversations:
     description: str
     rows: list[Messages] = field(default_factory=list)
     malformed: Counter[str] = field(default_factory=Counter)
+    ambiguous: list[str] = field(default_factory=list)  # texts of those whose turns cannot be told
+
+    def require_rows(self) -> None:
+        """Refuse to go on without a conversation.
+
+        Raises:
+            UserError: there is none.
+        """
+        if not self.rows:
+            reasons = "; ".join(f"{count} rows: {why}" for why, count in self.malformed.most_common())
+            raise UserError(f"{self.description}: not one conversation ({reasons or 'no rows'})")
+
+    def add(self, row: object, parse: Callable[[dict], Messages]) -> None:
+        """Parse one row; where it is no conversation, count it by its reason."""
+        try:
+            if not isinstance(row, dict):
+                raise Malformed("a line that is not a JSON object")
+            self.rows.append(parse(row))
+        except Malformed as error:
+            self.malformed[str(error)] += 1
+            if isinstance(error, Ambiguous):
+                self.ambiguous.append(error.text)
 
 
 # ------------------------------------------------------------------ reading
@@ -83,32 +106,76 @@ def load_conversations(args: ConversationArguments) -> tuple[Conversations, Conv
     train = _read_split(args, args.dataset_split)
     if args.dataset_name and args.validation_split:
         return train, _read_split(args, args.validation_split)
-    # Every n-th row: the same ones on every machine, and from all parts of a source that is sorted in some way.
-    every = max(2, round(1 / args.validation_fraction))
-    validation = Conversations(train.description, train.rows[every - 1 :: every])
-    if not validation.rows:
-        raise UserError(f"{len(train.rows)} conversations are too few to hold out one in {every}: give more")
-    del train.rows[every - 1 :: every]
-    return train, validation
+    return hold_out(train, args.validation_fraction)
+
+
+def hold_out(conversations: Conversations, fraction: float) -> tuple[Conversations, Conversations]:
+    """Split off a fraction of the conversations, evenly spaced: the same ones on every machine, and from all parts of
+    a source that is sorted in some way. What was malformed stays with the first part.
+
+    Raises:
+        UserError: too few to hold out one.
+    """
+    rows, exact = conversations.rows, Fraction(str(fraction))
+    is_held_out = [int((i + 1) * exact) > int(i * exact) for i in range(len(rows))]
+    held_out = [row for row, out in zip(rows, is_held_out, strict=True) if out]
+    if not held_out:
+        raise UserError(
+            f"{len(rows)} conversations are too few to hold out validation_fraction={fraction}: give more of them, or "
+            f"raise it to {1 / len(rows):.2g}"
+        )
+    conversations.rows = [row for row, out in zip(rows, is_held_out, strict=True) if not out]
+    return conversations, Conversations(conversations.description, held_out)
 
 
 def _read_split(args: ConversationArguments, split: str) -> Conversations:
-    if not args.data_files and not args.dataset_name:
-        return read_rows(
-            ({"text": text} for text in docstring_conversations()), row_parser(["text"]), "stdlib docstrings"
-        )
-    source = args.dataset_name or ", ".join(args.data_files)
+    if args.data_files:
+        rows = [row for path in args.data_files for row in _read_file(path)]
+        description = ", ".join(Path(path).name for path in args.data_files)
+    elif args.dataset_name:
+        try:
+            rows = load_dataset(args.dataset_name, args.dataset_config, split=split)
+        except (DatasetsError, ValueError, OSError) as error:
+            raise UserError(f"{args.dataset_name}: {error}") from error
+        description = f"{Path(args.dataset_name).name}, split {split}"
+    else:
+        rows = [{"text": text} for text in docstring_conversations()]
+        description = "stdlib docstrings"
+    columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
+    return read_rows(rows, row_parser(list(columns), args.text_column), description)
+
+
+def _read_file(pattern: str) -> Iterator[object]:
+    """The rows of the files that a path, a glob or a URL stands for; of JSON, what each line holds, or None where it
+    is no JSON.
+
+    Raises:
+        UserError: no such file, or not one of these kinds.
+    """
     try:
-        if args.dataset_name:
-            dataset = load_dataset(args.dataset_name, args.dataset_config, split=split)
-        else:
-            kind = "parquet" if args.data_files[0].endswith(".parquet") else "json"
-            dataset = load_dataset(kind, data_files=args.data_files, split="train")
-    except (DatasetsError, ValueError, OSError) as error:
-        raise UserError(f"{source}: {error}") from error
-    return read_rows(
-        dataset, row_parser(dataset.column_names, args.text_column), f"{Path(source).name}, split {split}"
-    )
+        files, path = url_to_fs(pattern)  # expands ~ as well
+        # A name that happens to look like a glob is the file of that name if there is one.
+        paths = [path] if files.isfile(path) else sorted(found for found in files.glob(path) if files.isfile(found))
+        if not paths:
+            raise UserError(f"data_files: there is no file {pattern}: check the path")
+        for path in paths:
+            with files.open(path, "rb", compression="infer") as file:
+                if path.endswith(".parquet"):
+                    for batch in parquet.ParquetFile(file).iter_batches():
+                        yield from batch.to_pylist()
+                else:
+                    yield from (_parse_json(line) for line in file if line.strip())
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError, zlib.error, ImportError) as error:
+        raise UserError(f"data_files: {pattern} cannot be read: {error}") from error
+
+
+def _parse_json(line: bytes) -> object:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError):
+        return None
 
 
 def row_parser(columns: list[str], text_column: str = "text") -> Callable[[dict], Messages]:
@@ -118,24 +185,28 @@ def row_parser(columns: list[str], text_column: str = "text") -> Callable[[dict]
         UserError: none of them is there.
     """
     if "messages" in columns:
-        return lambda row: check_turns(row["messages"])
+        return lambda row: check_turns(row.get("messages"))
     if "prompt" in columns and "completion" in columns:
         return lambda row: check_turns(
-            _as_messages(row["prompt"], "user") + _as_messages(row["completion"], "assistant")
+            _as_messages(row.get("prompt"), "user") + _as_messages(row.get("completion"), "assistant")
         )
-    if text_column in columns:
-        return lambda row: split_guanaco(row[text_column])
+    if text_column in columns or not columns:
+        return lambda row: split_guanaco(row.get(text_column))
     raise UserError(
         f"no column 'messages', 'prompt' and 'completion', or {text_column!r} (set text_column to the one that holds "
         f"guanaco text): there is {', '.join(columns)}"
     )
 
 
-def _as_messages(value: str | Messages, role: str) -> Messages:
-    return [{"role": role, "content": value}] if isinstance(value, str) else list(value or [])
+def _as_messages(value: object, role: str) -> Messages:
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list):
+        raise Malformed("a prompt or a completion that is neither text nor messages")
+    return value
 
 
-def read_rows(rows: Iterable[dict], parse: Callable[[dict], Messages], description: str) -> Conversations:
+def read_rows(rows: Iterable[object], parse: Callable[[dict], Messages], description: str) -> Conversations:
     """The rows as conversations; those that are none are counted by reason.
 
     Raises:
@@ -143,83 +214,9 @@ def read_rows(rows: Iterable[dict], parse: Callable[[dict], Messages], descripti
     """
     conversations = Conversations(description)
     for row in rows:
-        try:
-            conversations.rows.append(parse(row))
-        except Malformed as error:
-            conversations.malformed[str(error)] += 1
-    if not conversations.rows:
-        reasons = "; ".join(f"{count} rows: {why}" for why, count in conversations.malformed.most_common())
-        raise UserError(f"{description}: not one conversation ({reasons or 'no rows'})")
+        conversations.add(row, parse)
+    conversations.require_rows()
     return conversations
-
-
-# ------------------------------------------------------------------ turns
-
-_MARKER = re.compile(r"(?<!#)### (Human|Assistant):")
-
-# Where a marker is quoted and starts no turn. Guanaco writes turns without a separator, so that a real marker may
-# follow a quotation mark or a code fence at once: a span counts as quoted only if it both opens and closes.
-_QUOTED = re.compile(
-    r"""
-      (?P<code> ```(?:(?!```).)*?\n[ \t]*```(?!\w) )         # a fenced block, closed at the start of a line
-    | (?P<inline> (?<!`)`(?![`\s])[^`\n]*(?<!\s)`(?!`) )     # `inline code`
-    | (?<![^\s(\[{>:])"(?!\s)[^"\n]*(?<!\s)"(?!\w)          # a "quotation" within a line, in either kind of marks
-    | “[^“”\n]*”
-    | ^[ \t]*>[> \t]*\#\#\#[ ](?:Human|Assistant):[^\n]*   # a quoted line
-    """,
-    re.VERBOSE | re.DOTALL | re.MULTILINE,
-)
-
-
-def split_guanaco(text: str | None) -> Messages:
-    """Split `### Human: ... ### Assistant: ...` into turns, of which there may be many.
-
-    Markers in code, quotation marks or quoted lines belong to the text around them. A last question without an
-    answer is left out: there is nothing to learn from it.
-
-    Raises:
-        Malformed: the turns are not Human, Assistant, Human, ... from the start on, or one of them is empty.
-    """
-    text = text or ""
-    quoted = [match for match in _QUOTED.finditer(text) if _MARKER.search(match.group())]
-    if any(match["code"] for match in quoted) and text.count("```") % 2:
-        raise Malformed("a marker near a code block that is not closed")
-    markers = [
-        match
-        for match in _MARKER.finditer(text)
-        if not any(span.start() <= match.start() < span.end() for span in quoted)
-    ]
-    if not markers or text[: markers[0].start()].strip():
-        raise Malformed("does not start with ### Human:")
-    ends = [marker.start() for marker in markers[1:]] + [len(text)]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return check_turns(
-        [
-            {"role": roles[marker[1]], "content": text[marker.end() : end].strip()}
-            for marker, end in zip(markers, ends, strict=True)
-        ]
-    )
-
-
-def check_turns(messages: Messages) -> Messages:
-    """The messages, if user and assistant take turns, and without a last question that has no answer.
-
-    Raises:
-        Malformed: they do not, or a turn is empty, or no answer is left.
-    """
-    if any(not isinstance(message.get("content"), str) or "role" not in message for message in messages or []):
-        raise Malformed("a message without a role and text as its content")
-    turns = [{"role": message["role"], "content": message["content"]} for message in messages or []]
-    if turns and turns[-1]["role"] == "user":
-        turns.pop()
-    first = 1 if turns and turns[0]["role"] == "system" else 0
-    if len(turns) == first:
-        raise Malformed("no answer")
-    if any(turn["role"] != ("user", "assistant")[i % 2] for i, turn in enumerate(turns[first:])):
-        raise Malformed("user and assistant do not take turns")
-    if not all(turn["content"].strip() for turn in turns[first:]):
-        raise Malformed("an empty turn")
-    return turns
 
 
 # ------------------------------------------------------------------ tokens
@@ -273,12 +270,13 @@ def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generati
 
 def encode_all(conversations: Conversations, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """All conversations as rows of `input_ids` and `labels`; counts those that cannot be encoded as malformed."""
-    rows = []
+    rows, kept = [], []
     for messages in conversations.rows:
         try:
             rows.append(encode(messages, tokenizer))
+            kept.append(messages)
         except Malformed as error:
             conversations.malformed[str(error)] += 1
-    if not rows:
-        raise UserError(f"{conversations.description}: {'; '.join(conversations.malformed)}")
+    conversations.rows = kept
+    conversations.require_rows()
     return Dataset.from_list(rows)

@@ -27,7 +27,8 @@ from llmkit.data.sample_data import docstring_conversations
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.finetuning.adapters import QUANTIZATION_CONFIG, keep_training_layout
-from llmkit.finetuning.conversations import encode, split_guanaco
+from llmkit.finetuning.conversations import encode
+from llmkit.finetuning.turns import split_guanaco
 
 # The gate. Rounding the merged weights to bfloat16 moved a token's distribution by about 1e-4 nats where it was
 # measured, and a wrong merge (a transposed or doubled update) by more than 0.1.

@@ -100,8 +100,8 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         super().__init__(
             model,
             args,
-            train_dataset=train_rows,
-            eval_dataset=eval_rows,
+            train_dataset=train_rows.filter(_has_targets, fn_kwargs={"max_length": args.max_length}),
+            eval_dataset=eval_rows.filter(_has_targets, fn_kwargs={"max_length": args.max_length}),
             processing_class=tokenizer,
             peft_config=lora_config,
             callbacks=[self.throughput],
@@ -212,6 +212,11 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     hidden = outputs.hidden_states[-1]
     return is_plain_head(head, hidden) and torch.equal(head(hidden), outputs.logits)
+
+
+def _has_targets(row: dict[str, list[int]], max_length: int) -> bool:
+    """Whether something is left to train on where the row is cut. (TRL leaves out the others only without packing.)"""
+    return any(label != IGNORE_INDEX for label in row["labels"][1:max_length])
 
 
 def _num_tokens(batch: dict[str, torch.Tensor]) -> int:

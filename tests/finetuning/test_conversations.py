@@ -1,6 +1,8 @@
 """Turns and masks: what is trained is the answers and their end tokens, token by token, and nothing else."""
 
+import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +14,15 @@ from llmkit.finetuning.audit import audit, show_tokens
 from llmkit.finetuning.conversations import (
     ConversationArguments,
     Conversations,
-    Malformed,
     add_chat_template,
-    check_turns,
     encode,
     encode_all,
+    hold_out,
     load_conversations,
-    split_guanaco,
+    read_rows,
+    row_parser,
 )
+from llmkit.finetuning.turns import Malformed, check_turns, split_guanaco
 
 GPT2_FILES = Path(__file__).parents[3] / "shared" / "data" / "gpt2_tokenizer"
 
@@ -81,7 +84,9 @@ def test_guanaco_text_is_split_into_turns(name):
         ("### Human: a", "no answer"),
         ("### Human: a### Assistant: ", "empty turn"),
         ("### Human: ### Assistant: b", "empty turn"),
-        ("### Human: ```\na### Assistant: b\n```\n### Human: c\n```### Assistant: d", "not closed"),
+        ("### Human: ```\na### Assistant: b\n```\n### Human: c\n```### Assistant: d", "ambiguous"),
+        (7, "not a string"),
+        (["### Human: a### Assistant: b"], "not a string"),
     ],
 )
 def test_malformed_rows_say_why(text, reason):
@@ -218,6 +223,54 @@ def test_bad_sources_are_told(tmp_path, arguments, message):
         load_conversations(ConversationArguments(**arguments))
 
 
+@pytest.mark.parametrize("column", ["messages", "text", "prompt"])
+def test_a_bad_row_does_not_end_the_run(tmp_path, column):
+    """Whatever a row holds, it is counted, and the others are read."""
+    good = {
+        "messages": {"messages": conversation(["a", "b"])},
+        "text": {"text": "### Human: a### Assistant: b"},
+        "prompt": {"prompt": "a", "completion": "b"},
+    }[column]
+    values = [None, 7, [], ["x"], [None], {"role": "user"}, [{"role": "user", "content": None}], "\ud800"]
+    values += ["[]"] if column != "prompt" else []
+    bad = [json.dumps({**good, column: value}) for value in values]
+    bad += ["[1]", "null", '"text"', "{", "{}", "[" * 20_000, '{"other": 1}']
+    lines = [json.dumps(good), *bad, "", json.dumps(good)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    train, validation = load_conversations(
+        ConversationArguments(data_files=[str(tmp_path / "x.jsonl")], validation_fraction=0.5)
+    )
+    assert train.rows == validation.rows == [conversation(["a", "b"])]
+    assert sum(train.malformed.values()) == len(bad)
+
+
+def test_an_empty_file_is_told(tmp_path):
+    (tmp_path / "x.jsonl").write_text("")
+    with pytest.raises(UserError, match="x.jsonl: not one conversation .no rows"):
+        load_conversations(ConversationArguments(data_files=[str(tmp_path / "x.jsonl")]))
+
+
+def test_files_are_found_as_a_shell_finds_them(tmp_path, monkeypatch):
+    """By ~ and globs, compressed too, and by a name that looks like a glob."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    line = json.dumps({"prompt": "a", "completion": "b"}) + "\n"
+    (tmp_path / "a[1].jsonl").write_text(line * 2)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress((line * 3).encode()))
+    for paths, rows in ((["~/a[1].jsonl"], 2), (["~/*.jsonl*"], 5), (["~/b.jsonl.gz", "~/a[1].jsonl"], 5)):
+        parts = load_conversations(ConversationArguments(data_files=paths, validation_fraction=0.5))
+        assert sum(len(part.rows) for part in parts) == rows
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.1, 1 / 3, 0.4, 0.5, 0.6, 0.75, 0.9, 0.99])
+def test_the_fraction_that_was_asked_for_is_held_out(fraction):
+    rows = [conversation([str(n), "b"]) for n in range(400)]
+    train, validation = hold_out(Conversations("test", list(rows)), fraction)
+    assert len(validation.rows) == pytest.approx(400 * fraction, abs=1) and train.rows
+    assert sorted(map(str, train.rows + validation.rows)) == sorted(map(str, rows))
+    places = [int(messages[0]["content"]) for messages in validation.rows]
+    assert max(b - a for a, b in zip(places, places[1:], strict=False)) <= 1 / fraction + 1, "evenly spaced"
+
+
 def test_unknown_roles_are_malformed():
     with pytest.raises(Malformed, match="take turns"):
         check_turns([{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}])
@@ -257,6 +310,30 @@ def test_the_audit_stops_a_template_without_end_token(tokenizer):
     conversations = Conversations("test", [conversation(["a", "b"])])
     with pytest.raises(UserError, match="never trained, so answers would not stop"):
         audit(conversations, encode_all(conversations, endless), endless, max_length=60).check()
+
+
+def test_the_audit_takes_any_length(tokenizer):
+    conversations = Conversations("test", [CONVERSATIONS["code"]])
+    rows = encode_all(conversations, tokenizer)
+    assert audit(conversations, rows, tokenizer, 10**21) == replace(
+        audit(conversations, rows, tokenizer, 1000), max_length=10**21
+    )
+
+
+def test_held_out_conversations_need_an_answer_and_no_end(tokenizer):
+    conversations = Conversations("test", [CONVERSATIONS["quotation"]])
+    rows = encode_all(conversations, tokenizer)
+    audit(conversations, rows, tokenizer, max_length=len(rows[0]["input_ids"]) - 1).check_held_out()
+    with pytest.raises(UserError, match="held-out conversations .* cannot be evaluated"):
+        audit(conversations, rows, tokenizer, max_length=8).check_held_out()
+
+
+def test_the_audit_shows_an_ambiguous_row(tokenizer):
+    text = "### Human: Code?### Assistant: ```\nx\x1b[2J### Human: And?### Assistant: ```py\ny\n```"
+    conversations = read_rows([{"text": text}, {"text": TEXTS["one turn"]}], row_parser(["text"]), "test")
+    table = audit(conversations, encode_all(conversations, tokenizer), tokenizer, 64).table()
+    assert "1, left out" in table and "1 ambiguous" in table
+    assert r"```\nx\x1b[2J### Human: And?" in table and "\x1b" not in table
 
 
 def test_tokens_are_shown_in_two_colors(tokenizer):
