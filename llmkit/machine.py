@@ -5,25 +5,29 @@ import os
 import platform
 
 import torch
-from transformers.utils import is_torch_bf16_gpu_available
 
-# Dense bfloat16 matrix peak, FLOP/s, from NVIDIA's datasheets. The first name found in the device's name counts, so
-# longer names come first. A GPU that is not listed has no MFU rather than a wrong one.
+# Dense bfloat16 matrix peak, FLOP/s, from NVIDIA's datasheets, by the whole name that the driver gives. A name that is
+# not here has no MFU rather than a wrong one: an L40 is no L4, and a laptop's GPU is not the desktop's of its number.
 PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "RTX 5090": 210e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+    "NVIDIA GB200": 2500e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200 480GB": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA L40": 181e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA A10G": 70e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA GeForce RTX 5090": 210e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
 }
 
 
@@ -33,14 +37,18 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """The device's bfloat16 peak in FLOP/s where it is known, else None."""
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in device_name(device)), None)
+    return PEAK_FLOPS.get(device_name(device))
 
 
 def bf16_is_fast(device_type: str) -> bool:
-    """Whether the device has bfloat16 matrix products in hardware; a CPU without AMX is slower with than without."""
+    """Whether the device has bfloat16 matrix products in hardware.
+
+    A CPU without AMX is slower with them than without, and so are GPUs before Ampere (T4, V100, RTX 20), for which
+    CUDA emulates them.
+    """
     if device_type == "cpu":
         return torch.cpu.get_capabilities().get("amx_bf16", False)
-    return device_type == "cuda" and is_torch_bf16_gpu_available()
+    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def set_up_cpu() -> None:

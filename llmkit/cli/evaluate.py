@@ -88,8 +88,8 @@ def _evaluate(args: argparse.Namespace) -> None:
         answers += some
     if accelerator.is_main_process:
         if args.output:
-            Path(args.output).write_text("".join(json.dumps(answer) + "\n" for answer in answers))
-        print(json.dumps(results, indent=1) if args.json else shown(_table(results)))
+            Path(args.output).write_text("".join(_json(answer) + "\n" for answer in answers))
+        print(_json(results, indent=1) if args.json else shown(_table(results)))
     accelerator.end_training()
 
 
@@ -165,6 +165,11 @@ def _evaluate_one(name: str, source, rows: list[dict] | None, args: argparse.Nam
     return result, answers
 
 
+def _json(value, indent: int | None = None) -> str:
+    """JSON has no NaN and no infinity, which Python would write all the same: null in their place."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=indent)
+
+
 def _table(results: list[dict]) -> str:
     """A row a checkpoint, a column a figure, and below what was measured and how."""
     shown = {"checkpoint": [result["checkpoint"] for result in results]}
@@ -174,9 +179,11 @@ def _table(results: list[dict]) -> str:
             shown[column] = [METRICS[f"eval_{key}"].write(result[key]) for result in results]
     if "hellaswag/acc" in first:
         for name in ("acc", "acc_norm"):
-            key = f"hellaswag/{name}"
+            key, error = f"hellaswag/{name}", f"hellaswag/{name}_stderr"
             write = METRICS[key].write
-            shown[key] = [f"{write(result[key])} ± {write(result[f'{key}_stderr'])}" for result in results]
+            shown[key] = [
+                write(result[key]) + (f" ± {write(result[error])}" if error in result else "") for result in results
+            ]
     widths = [max(map(len, [name, *column])) for name, column in shown.items()]
     lines = [
         "  ".join(

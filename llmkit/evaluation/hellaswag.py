@@ -59,7 +59,8 @@ def load_hellaswag(source: str | None) -> list[dict]:
         if not path.is_file():
             raise UserError(f"hellaswag={source}: no such file: give a JSONL file such as hellaswag_val.jsonl, or hub")
         try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            # Not `splitlines`, which also cuts at U+2028 and others that JSON has in texts.
+            lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         except UnicodeDecodeError as error:
             raise UserError(f"hellaswag={source}: not a text file: give a JSONL file, or hub") from error
         rows = [_question(line, f"{source}, line {number}") for number, line in enumerate(lines, start=1)]
@@ -203,15 +204,18 @@ def choices(questions: Sequence[Question], losses: torch.Tensor) -> tuple[list[i
 
 
 def accuracies(questions: Sequence[Question], losses: torch.Tensor) -> dict[str, float]:
-    """`hellaswag/acc`, `hellaswag/acc_norm`, each with `_stderr`, and `hellaswag/questions`, their number."""
+    """`hellaswag/acc`, `hellaswag/acc_norm`, each with `_stderr`, and `hellaswag/questions`, their number.
+
+    One question has no `_stderr`.
+    """
     metrics = {}
     count = len(questions)
     for name, chosen in zip(("acc", "acc_norm"), choices(questions, losses), strict=True):
         correct = sum(choice == question.label for choice, question in zip(chosen, questions, strict=True))
         share = correct / count
         metrics[f"hellaswag/{name}"] = share
-        # Of the mean of independent questions, with the sample's own variance; one question has none.
-        metrics[f"hellaswag/{name}_stderr"] = math.sqrt(share * (1 - share) / (count - 1)) if count > 1 else math.nan
+        if count > 1:  # of the mean of independent questions, with the sample's own variance
+            metrics[f"hellaswag/{name}_stderr"] = math.sqrt(share * (1 - share) / (count - 1))
     return metrics | {"hellaswag/questions": float(count)}
 
 

@@ -53,6 +53,10 @@ class PretrainArguments(ScheduleArguments, OptimizerArguments, TrainingArguments
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses. Off: it costs a synchronisation a step, and hides NaN."}
     )
+    greater_is_better: bool | None = field(
+        default=False,
+        metadata={"help": "Of `metric_for_best_model`: all metrics of an evaluation are better if lower."},
+    )
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "Every parameter is used in every step, so DDP need not look."}
     )

@@ -24,7 +24,6 @@ class ExactTrainer(Trainer):
     """
 
     record: dict
-    tokens_per_byte: float | None = None  # of the validation text, where bits per byte are wanted
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -34,6 +33,9 @@ class ExactTrainer(Trainer):
         self.add_callback(StopOnSignal(self.accelerator))
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)
+        # Trainer seeds all ranks alike, and they would drop out the same units.
+        if self.args.process_index > 0:
+            torch.manual_seed(self.args.seed + self.args.process_index)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
@@ -56,10 +58,14 @@ class ExactTrainer(Trainer):
         return float(step)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Trainer's; asked again at the same step it does not do the work again."""
+        """Trainer's; asked again at the same step it does not do the work again.
+
+        Unless the weights may be others than that step's, as those of the best step at the end of training are.
+        """
         if eval_dataset is not None:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        if self.evaluated_step != self.state.global_step:
+        other_weights = self.args.load_best_model_at_end and not self.is_in_train
+        if self.evaluated_step != self.state.global_step or other_weights:
             self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
             self.evaluated_step = self.state.global_step
         return self.metrics
@@ -70,9 +76,13 @@ class ExactTrainer(Trainer):
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.gather(torch.stack(self.eval_sums)).cpu().double()
         nats, tokens = sums.view(-1, 2).sum(dim=0).tolist()
-        metrics = loss_metrics(nats, int(tokens), self.tokens_per_byte)
+        metrics = loss_metrics(nats, int(tokens), self.tokens_per_byte(dataloader.dataset))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def tokens_per_byte(self, dataset) -> float | None:
+        """Of the text that is evaluated, where bits per byte are wanted."""
+        return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)

@@ -21,7 +21,8 @@ from llmkit.runs.record import JsonlLog
 class Throughput(TrainerCallback):
     """Tokens per second over all ranks and, where the GPU's peak is known, MFU, between two logged steps.
 
-    Evaluation, saving and sampling are not counted: the clock starts with the first step after a log.
+    Evaluation, saving and sampling are not counted: the clock starts with the first step after a log, and stops where
+    one of them comes between two logs.
 
     Args:
         tokens_before: of all ranks before step s; None where `measure` is told.
@@ -34,10 +35,22 @@ class Throughput(TrainerCallback):
         self.flops_per_token = flops_per_token
         self.peak = peak
         self.started: float | None = None
+        self.paused: float | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
+        now = time.perf_counter()
         if self.started is None:
-            self.started, self.first_step = time.perf_counter(), state.global_step
+            self.started, self.first_step = now, state.global_step
+        elif self.paused is not None:
+            self.started += now - self.paused
+        self.paused = None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        # Where Trainer's own callback, which comes first, has just decided on one of them.
+        if control.should_evaluate or control.should_save:
+            if args.device.type != "cpu":
+                torch.accelerator.synchronize(args.device)  # the step's own work counts
+            self.paused = time.perf_counter()
 
     def measure(self, step: int, tokens: int | None = None) -> dict[str, float]:
         """Figures for the steps since the last call; call it right after the loss was read from the device.

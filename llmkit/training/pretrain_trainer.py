@@ -81,7 +81,6 @@ class PretrainTrainer(ExactTrainer):
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.tokens_per_byte = eval_dataset.tokens_per_byte
         if args.torch_compile:
             # Each size of a growing batch is a graph of its own, and after 8 dynamo would go on without graphs.
             torch._dynamo.config.recompile_limit = 8 + len(self.batches.micro_batch_sizes)
@@ -155,6 +154,9 @@ class PretrainTrainer(ExactTrainer):
             nats = model(**inputs, num_items_in_batch=1, logits_to_keep=1).loss
         self.eval_sums.append(torch.stack([nats, (inputs["shift_labels"] != IGNORE_INDEX).sum()]))
         return None, None, None
+
+    def tokens_per_byte(self, dataset: TokenWindows) -> float:
+        return dataset.tokens_per_byte
 
     # Logging
 

@@ -78,6 +78,26 @@ def failing(capsys, *arguments: object) -> str:
 # ------------------------------------------------------------------ on the data of a run
 
 
+def test_json_has_no_nan(run, questions, tmp_path, capsys):
+    """A broken model's loss, and the standard error of a single question."""
+    broken = AutoModelForCausalLM.from_pretrained(run)
+    with torch.no_grad():
+        broken.transformer.ln_f.bias.fill_(math.nan)
+    broken.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(run).save_pretrained(tmp_path)
+    (tmp_path / "one.jsonl").write_text(questions.read_text().splitlines()[0])
+    text = tmp_path / "text.txt"
+    text.write_text("1 times 2 is 2")
+    arguments = ["eval", tmp_path, "--text_files", text, "--hellaswag", tmp_path / "one.jsonl"]
+    cli.main([*map(str, arguments), "--json", "--output", str(tmp_path / "answers.jsonl")])
+    refuse = pytest.fail  # what JSON does not have
+    (result,) = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert result["loss"] is None and "hellaswag/acc_stderr" not in result
+    assert json.loads((tmp_path / "answers.jsonl").read_text(), parse_constant=refuse)["losses"] == [None] * 4
+    cli.main([str(argument) for argument in arguments])
+    assert "nan" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_a_run_gets_the_loss_that_it_logged(run, capsys, batch_size):
     """Its own shards, windows and last evaluations, without being told where they are."""

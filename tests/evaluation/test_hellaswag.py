@@ -202,3 +202,21 @@ def test_a_missing_file_and_no_hub():
         load_hellaswag("missing.jsonl")
     with pytest.raises(UserError, match="was not read from the Hub"):  # tests are offline
         load_hellaswag(None)
+
+
+def test_a_line_is_what_ends_with_a_line_feed(tmp_path):
+    """JSON may hold U+2028 and the like as they are, and so do files written with `ensure_ascii=False`."""
+    rows = official_rows(3)
+    rows[1]["ctx"] = "he\u2028goes\x85on\u2029"
+    path = tmp_path / "questions.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8")
+    assert [row["ctx"] for row in load_hellaswag(str(path))] == [row["ctx"] for row in rows]
+
+
+def test_one_question_has_no_standard_error():
+    question = Question(number=0, rows=[[1, 2], [1, 3]], lengths=[1, 1], label=0, cut=0)
+    assert accuracies([question], torch.tensor([[1.0, 2.0]])) == {
+        "hellaswag/acc": 1.0,
+        "hellaswag/acc_norm": 1.0,
+        "hellaswag/questions": 1.0,
+    }

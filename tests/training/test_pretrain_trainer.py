@@ -64,7 +64,8 @@ def test_ragged_targets_on_ranks_and_micro_batches(data, tmp_path):
         run = trainer(data, tmp_path / str(size), windows=RaggedWindows, per_device_train_batch_size=size)
         run.train()
         found.append(losses(run))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29613"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
     (tmp_path / "ragged.py").write_text(RAGGED)
     places = [Path(__file__).parent, manifest.directory, tmp_path / "tokenizer", tmp_path / "ranks"]
     done = subprocess.run([*command, tmp_path / "ragged.py", *places], capture_output=True, text=True, timeout=300)
@@ -117,6 +118,28 @@ def test_evaluation_is_weighted_by_tokens(data, tmp_path):
     assert metrics["eval_perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     bits = nats / tokens * windows.num_tokens / math.log(2) / manifest.splits["validation"].bytes
     assert metrics["eval_bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_bits_per_byte_are_those_of_the_text_evaluated(data, tmp_path):
+    run = trainer(data, tmp_path)
+    manifest, _ = data
+    metrics = run.evaluate(other := TokenWindows(manifest, "train", BLOCK))
+    assert other.tokens_per_byte != pytest.approx(run.eval_dataset.tokens_per_byte, rel=1e-3), "would show nothing"
+    expected = metrics["eval_loss"] / math.log(2) * other.tokens_per_byte
+    assert metrics["eval_bits_per_byte"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("metric", ["loss", "perplexity", "bits_per_byte"])
+def test_the_best_model_is_kept_and_evaluated(data, tmp_path, metric):
+    """At a learning rate that spoils the model after its first steps, the best evaluation is not the last one."""
+    how = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 3.0}
+    run = trainer(data, tmp_path, **how, load_best_model_at_end=True, metric_for_best_model=metric)
+    run.train()
+    found = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    best = min(found, key=found.get)
+    assert best != max(found), "this run would show nothing"
+    assert run.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert run.evaluate()["eval_loss"] == pytest.approx(found[best])
 
 
 def test_what_is_logged(data, tmp_path):

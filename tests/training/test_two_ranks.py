@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from test_schedules import expected_one_cycle
 
-from small_run import BLOCK, trainer
+from small_run import BLOCK, losses, trainer
 
 TOGETHER = {"optim": "muon", "weight_decay": 0.1, "max_steps": 4, "per_device_train_batch_size": 4, "warmup_steps": 2}
 TOGETHER |= {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 16 * BLOCK, "monitor_steps": 2, "hellaswag_steps": 4}
@@ -21,11 +21,12 @@ sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from llmkit.data.manifest import load_manifest
 from llmkit.data.tokenizer import load_tokenizer
 from test_schedules import watched
-from test_two_ranks import train_together
+from test_two_ranks import train_together, train_with_dropout
 data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
 found = watched(data, sys.argv[4] + "/one_cycle")
+dropped = train_with_dropout(data, sys.argv[4] + "/dropout")
 train_together(data, sys.argv[4] + "/together", sys.argv[5])
-print("found", json.dumps(found))
+print("found", json.dumps([found, dropped]))
 """
 
 
@@ -36,6 +37,19 @@ def train_together(data, output_dir, questions) -> None:
     run.train()
     torch.set_num_threads(threads)
     run.save_model()
+
+
+def train_with_dropout(data, output_dir) -> list:
+    """What the first step drops out in this process, and the losses of a run and of its last steps, done again."""
+    how = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+    runs, masks = [], []
+    for checkpoint in (None, f"{output_dir}/checkpoint-1"):
+        run = trainer(data, output_dir, **how, resume_from_checkpoint=checkpoint)
+        run.model.config.resid_pdrop = 0.5
+        run.model.transformer.h[0].mlp.register_forward_hook(lambda *args: masks.append((args[-1] == 0).tolist()))
+        run.train(resume_from_checkpoint=checkpoint)
+        runs.append(losses(run))
+    return [masks[0], *runs]
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +68,7 @@ def two_ranks(data, hellaswag, tmp_path_factory) -> tuple[Path, list]:
 
 
 def test_each_rank_steps_its_schedule_once_a_step(two_ranks):
-    assert two_ranks[1] == [[list(pair) for pair in expected_one_cycle()]] * 2
+    assert [found[0] for found in two_ranks[1]] == [[list(pair) for pair in expected_one_cycle()]] * 2
 
 
 def test_muon_on_growing_batches_and_what_is_watched(two_ranks, data, hellaswag, tmp_path):
@@ -76,3 +90,9 @@ def test_muon_on_growing_batches_and_what_is_watched(two_ranks, data, hellaswag,
     assert sum("update_ratio/mlp" in record for record in logs[0]) > 1
     for expected, found in zip(*logs, strict=True):
         assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_ranks_drop_out_other_units_and_resume_with_them(two_ranks):
+    (mask, *runs), (other_mask, *_) = (found[1] for found in two_ranks[1])
+    assert mask != other_mask
+    assert runs[1] == runs[0]
