@@ -32,7 +32,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from llmkit.data.corpus import Corpus
 from llmkit.data.sample_data import stdlib_sources
 from llmkit.data.shards import prepare_shards
-from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer
+from llmkit.data.tokenizer import load_tokenizer, split_document, train_bpe_tokenizer
 from loops import SHAPES, make_llmkit_trainer
 from measuring import add_options, machine, print_table, report, take_turns, use_threads
 
@@ -47,8 +47,8 @@ class Documents(Corpus):
     def __init__(self, texts: list[str]):
         self.texts, self.description = texts, f"{len(texts):,} documents"
 
-    def documents(self, skip: int = 0) -> Iterator[str]:
-        return itertools.islice(self.texts, skip, None)
+    def in_pieces(self, skip: int = 0) -> Iterator[list[str]]:
+        return (list(split_document(text)) for text in itertools.islice(self.texts, skip, None))
 
     def num_bytes(self) -> int:
         return sum(map(len, self.texts))  # an estimate: the text is nearly all ASCII

@@ -3,14 +3,19 @@
 import argparse
 import dataclasses
 import itertools
+import os
 import time
+import typing
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from llmkit.cli.arguments import read_stdin
 from llmkit.console import has_color, say
+from llmkit.data.arguments import DataArguments
 from llmkit.errors import UserError
 
-DEFAULT_VOCAB_SIZE = 4096
+CORPUS = ("text_files", "dataset_name", "dataset_config", "dataset_split", "text_column", "streaming")
 
 
 def add_commands(nouns) -> None:
@@ -18,14 +23,16 @@ def add_commands(nouns) -> None:
     noun = nouns.add_parser("tokenizer", help="make a tokenizer, or see what it does to a text")
     verbs = noun.add_subparsers(metavar="{train,show}", required=True)
     train = verbs.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
-    train.add_argument("--output", required=True, help="folder for the tokenizer")
+    train.add_argument("--output", type=os.path.expanduser, required=True, help="folder for the tokenizer")
     train.add_argument(
         "--kind",
         choices=("bpe", "character"),
         default="bpe",
         help="a byte-level BPE (default), or one token a character",
     )
-    train.add_argument("--vocab_size", type=int, help=f"number of tokens of a BPE (default: {DEFAULT_VOCAB_SIZE})")
+    train.add_argument(
+        "--vocab_size", type=int, help=f"number of tokens of a BPE (default: {DataArguments.vocab_size})"
+    )
     train.add_argument(
         "--max_documents", type=int, help="learn from so many only; a gigabyte of text is plenty (default: all)"
     )
@@ -38,26 +45,16 @@ def add_commands(nouns) -> None:
     show.add_argument("--compare", metavar="TOKENIZER", help="a second one, to put beside it")
     show.add_argument("--ids", action="store_true", help="a line a token, with its id")
     show.add_argument("--color", action="store_true", help="colours although the output is not a terminal")
-    show.add_argument("--html", metavar="FILE", help="write a page for a browser, in place of the text")
+    show.add_argument(
+        "--html", metavar="FILE", type=os.path.expanduser, help="write a page for a browser, in place of the text"
+    )
     show.set_defaults(command=_show_tokens)
 
     verbs = nouns.add_parser("shards", help="turn text into tokens").add_subparsers(metavar="{prepare}", required=True)
     prepare = verbs.add_parser("prepare", help="tokenize text into shards for training", allow_abbrev=False)
-    prepare.add_argument("--output", required=True, help="folder for the shards")
-    prepare.add_argument(
-        "--tokenizer", default="bpe", help="a tokenizer's folder or name on the Hub; or bpe (default) or character"
-    )
-    prepare.add_argument("--vocab_size", type=int, default=4096, help="size of a bpe tokenizer (default: 4096)")
+    prepare.add_argument("--output", required=True, help="folder for tokenizer and shards")
     _add_corpus_flags(prepare)
-    prepare.add_argument(
-        "--validation_fraction", type=float, default=0.01, help="part of the text to hold out (default: 0.01)"
-    )
-    prepare.add_argument(
-        "--validation_split",
-        choices=("document", "tail"),
-        default="document",
-        help="hold out whole documents (default), or the end of each one, for one long text",
-    )
+    add_fields(prepare, ("tokenizer", "vocab_size", "validation_fraction", "validation_split"))
     prepare.add_argument("--num_workers", type=int, help="threads that tokenize (default: all cores)")
     prepare.add_argument("--shard_tokens", type=int, help="tokens in a shard (default: 100_000_000)")
     prepare.set_defaults(command=_prepare_shards)
@@ -67,25 +64,35 @@ def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_argument_group(
         "text", "Without files and without a dataset: the Python standard library's own sources."
     )
-    corpus.add_argument("--text_files", nargs="+", help="paths or globs: text, .jsonl, .parquet")
-    corpus.add_argument("--dataset_name", help="a dataset's name on the Hub, or a local folder")
-    corpus.add_argument("--dataset_config", help="its configuration, such as sample-10BT")
-    corpus.add_argument("--dataset_split", default="train", help="its split (default: train)")
-    corpus.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
-    corpus.add_argument("--streaming", action="store_true", help="read a dataset while it downloads")
+    add_fields(corpus, CORPUS)
+
+
+def add_fields(parser, names: Sequence[str]) -> None:
+    """Add a flag for each of these fields of `DataArguments`, with the field's type, default and help.
+
+    (transformers' HfArgumentParser would do it for all fields of a class, after seconds of imports.)
+    """
+    types = typing.get_type_hints(DataArguments)
+    for field in (field for field in dataclasses.fields(DataArguments) if field.name in names):
+        how: dict = {"default": field.default, "help": field.metadata["help"]}
+        kinds = [kind for kind in typing.get_args(types[field.name]) or [types[field.name]] if kind is not type(None)]
+        if typing.get_origin(types[field.name]) is Literal:
+            how["choices"] = kinds
+        elif kinds == [bool]:
+            how["action"] = "store_true"
+        elif kinds == [list[str]]:
+            how["nargs"] = "+"
+        else:
+            how["type"] = kinds[0]
+        if field.default not in (None, False):
+            how["help"] += " (default: %(default)s)"
+        parser.add_argument(f"--{field.name}", **how)
 
 
 def _open_corpus(args: argparse.Namespace):
     from llmkit.data.corpus import open_corpus
 
-    return open_corpus(
-        text_files=args.text_files,
-        dataset_name=args.dataset_name,
-        dataset_config=args.dataset_config,
-        dataset_split=args.dataset_split,
-        text_column=args.text_column,
-        streaming=args.streaming,
-    )
+    return open_corpus(**{name: getattr(args, name) for name in CORPUS})
 
 
 def _train_tokenizer(args: argparse.Namespace) -> None:
@@ -100,20 +107,20 @@ def _train_tokenizer(args: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from llmkit.data.tokenizer import document_encoder, split_document, train_bpe_tokenizer, train_character_tokenizer
+    from llmkit.data.tokenizer import document_encoder, train_bpe_tokenizer, train_character_tokenizer
 
     start = time.perf_counter()
-    documents = itertools.islice(corpus.documents(), args.max_documents)
+    documents = itertools.islice(corpus.in_pieces(), args.max_documents)
     documents = tqdm(documents, desc="reading", unit=" documents", leave=False, disable=None)  # None: in a terminal
+    text = itertools.chain.from_iterable(documents)
     if args.kind == "bpe":
-        tokenizer = train_bpe_tokenizer(documents, DEFAULT_VOCAB_SIZE if args.vocab_size is None else args.vocab_size)
+        tokenizer = train_bpe_tokenizer(text, DataArguments.vocab_size if args.vocab_size is None else args.vocab_size)
     else:
-        tokenizer = train_character_tokenizer(documents)
+        tokenizer = train_character_tokenizer(text)
     seconds = time.perf_counter() - start
     tokenizer.save_pretrained(output)
 
-    pieces = (piece for document in corpus.documents() for piece in split_document(document))
-    sample = list(itertools.islice(pieces, 100))
+    sample = list(itertools.islice(itertools.chain.from_iterable(corpus.in_pieces()), 100))
     num_tokens = sum(len(encoding.ids) for encoding in document_encoder(tokenizer).encode_batch_fast(sample))
     bytes_per_token = sum(len(piece.encode()) for piece in sample) / num_tokens
     say(f"trained on {corpus.description} in {seconds:.1f} s")
@@ -136,7 +143,7 @@ def _show_tokens(args: argparse.Namespace) -> None:
 
     segmentations = []
     for name in filter(None, (args.tokenizer, args.compare)):
-        folder = Path(name) / TOKENIZER  # of token shards that brought their own tokenizer
+        folder = Path(name).expanduser() / TOKENIZER  # of token shards that brought their own tokenizer
         tokenizer = load_tokenizer(str(folder) if folder.is_dir() else name)
         segmentations.append(segment(text, tokenizer, name))
     if args.html:
@@ -154,13 +161,14 @@ def _show_tokens(args: argparse.Namespace) -> None:
 
 def _read_text(source: str) -> str:
     """A file's text, standard input's, or the text itself."""
+    path = os.path.expanduser(source)
     try:
         if source == "-":
             text = read_stdin()
+        elif os.path.isdir(path):
+            raise UserError(f"{source} is a folder: give one text file, - for standard input, or the text itself")
         else:
-            # Python reads no path with a zero in it, or longer than the system allows; a text may be both.
-            is_file = "\0" not in source and len(source.encode()) < 256 and Path(source).is_file()
-            text = Path(source).read_text(encoding="utf-8") if is_file else source
+            text = Path(path).read_text(encoding="utf-8") if os.path.isfile(path) else source
     except UnicodeDecodeError as error:
         raise UserError(f"{source}: not a text in UTF-8 ({error}): give a text file") from error
     if not text:
@@ -169,7 +177,6 @@ def _read_text(source: str) -> str:
 
 
 def _prepare_shards(args: argparse.Namespace) -> None:
-    from llmkit.data.arguments import DataArguments
     from llmkit.data.prepare import prepare_pretraining_data
 
     how = {name: getattr(args, name) for name in ("shard_tokens", "num_workers") if getattr(args, name) is not None}

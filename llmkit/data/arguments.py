@@ -1,9 +1,13 @@
 """Where the text of a pretraining run comes from."""
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from llmkit.errors import UserError
+
+MIN_VOCAB_SIZE = 256 + 1  # of a byte-level BPE: every byte, and the end of text
+MAX_VOCAB_SIZE = 1 << 20  # four times the largest vocabulary in use; training one takes memory for each token
 
 
 @dataclass
@@ -11,33 +15,62 @@ class DataArguments:
     """Where the text comes from and how it becomes tokens. With no source given: the standard library's own code."""
 
     text_files: list[str] | None = field(
-        default=None, metadata={"help": "Paths or globs of text, .jsonl or .parquet files, e.g. 'books/*.txt'."}
+        default=None,
+        metadata={
+            "help": "Files of text, .jsonl or .parquet: paths, folders, globs such as 'books/*.txt', or URLs "
+            "(https://, s3://, gs://)."
+        },
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a local folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration, if it has any."})
-    dataset_split: str = field(default="train", metadata={"help": "The split that is tokenized."})
-    text_column: str = field(default="text", metadata={"help": "The column of a dataset that holds the text."})
-    streaming: bool = field(default=False, metadata={"help": "Read the dataset while downloading it."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "The dataset's configuration, such as sample-10BT."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "The split of the dataset that is tokenized."})
+    text_column: str = field(
+        default="text", metadata={"help": "The column of a dataset, .jsonl or .parquet file that holds the text."}
+    )
+    streaming: bool = field(default=False, metadata={"help": "Read the dataset while it downloads."})
     tokenizer: str = field(
         default="bpe",
-        metadata={"help": "'bpe' or 'character': trained on the text. Else the name or folder of an existing one."},
+        metadata={
+            "help": "'bpe' or 'character': trained on the text. Otherwise the folder of an existing tokenizer, or its "
+            "name on the Hub."
+        },
     )
-    vocab_size: int = field(default=4096, metadata={"help": "Size of a 'bpe' tokenizer that is trained."})
+    vocab_size: int = field(default=4096, metadata={"help": "Number of tokens of a 'bpe' tokenizer that is trained."})
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Where tokenizer and shards are kept; by default a folder in data/ named by its content."},
+        metadata={"help": "Folder for tokenizer and shards. By default a folder in data/, named by its content."},
     )
-    validation_fraction: float = field(default=0.01, metadata={"help": "Fraction of the text held out."})
+    validation_fraction: float = field(default=0.01, metadata={"help": "Fraction of the text that is held out."})
     validation_split: Literal["document", "tail"] = field(
-        default="document", metadata={"help": "Hold out whole documents, or the end of each ('tail')."}
+        default="document",
+        metadata={
+            "help": "Hold out whole documents, or the end of each where there are too few ('document'); or always the "
+            "end of each ('tail')."
+        },
     )
 
     def __post_init__(self):
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, str) and (not value.strip() or "\0" in value):
+                raise UserError(f"{name} is {value!r}: give a value, or leave it out")
+        for name in ("data_dir", "dataset_name", "tokenizer"):
+            if getattr(self, name):
+                setattr(self, name, os.path.expanduser(getattr(self, name)))
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction}: it lies between 0 and 1, such as 0.01")
         if self.text_files and self.dataset_name:
             raise UserError("text_files and dataset_name are both set: set one of them")
-        if self.tokenizer == "bpe" and self.vocab_size < 257:
-            raise UserError(
-                f"vocab_size={self.vocab_size}: a byte-level BPE has 256 bytes and an end, so at least 257"
-            )
+        if self.tokenizer == "bpe":
+            check_vocab_size(self.vocab_size)
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise UserError for a size that no byte-level BPE has."""
+    if not MIN_VOCAB_SIZE <= vocab_size <= MAX_VOCAB_SIZE:
+        raise UserError(
+            f"vocab_size is {vocab_size}: a byte-level BPE has from {MIN_VOCAB_SIZE} (256 bytes and an end of text) "
+            f"to {MAX_VOCAB_SIZE:,} tokens"
+        )

@@ -3,34 +3,59 @@
 A corpus is a sequence of documents in a fixed order. Empty documents (no character at all) are not part of it.
 """
 
-import codecs
-import glob
 import hashlib
 import itertools
 import json
-import logging
 import os
 import platform
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+from llmkit.data.files import (
+    base_name,
+    collection_name,
+    content_hash,
+    file_size,
+    find_files,
+    is_remote,
+    remote_version,
+    table_kind,
+)
+from llmkit.data.readers import TextFile, read_table, rows_of_arrow, table_text_bytes
 from llmkit.data.sample_data import stdlib_sources
+from llmkit.data.tokenizer import split_document
 from llmkit.errors import UserError
 
 
 class Corpus(ABC):
-    """A sequence of documents; `open_corpus` makes one."""
+    """A sequence of documents; `open_corpus` makes one.
 
+    Attributes:
+        name: short, for the name of a folder.
+        description: for people; it does not say where the text is kept.
+        remarks: lines that a user should read before the text is used.
+    """
+
+    name: str
     description: str
+    remarks: Sequence[str] = ()
 
     @abstractmethod
-    def documents(self, skip: int = 0) -> Iterator[str]:
+    def in_pieces(self, skip: int = 0) -> Iterator[Iterable[str]]:
         """The documents, in the same order each time, without the first `skip` ones.
+
+        Each is a series of consecutive pieces, cut as `split_document` cuts, and can be gone through again: a text
+        file is read piece by piece, so that its size does not matter.
 
         Raises:
             UserError: while iterating, for a file that cannot be read; the line names it.
         """
+
+    def documents(self, skip: int = 0) -> Iterator[str]:
+        """`in_pieces`, with each document in one string."""
+        return ("".join(pieces) for pieces in self.in_pieces(skip))
 
     @abstractmethod
     def num_bytes(self) -> int | None:
@@ -54,8 +79,9 @@ def open_corpus(
     With neither files nor a dataset it is the embedded corpus, the standard library's own sources.
 
     Args:
-        text_files: paths or globs (`books/*.txt`, `data/**/*.jsonl`). `.jsonl`, `.json` (compressed as well) and
-            `.parquet` hold one document a row, in `text_column`; any other file is UTF-8 text, one document.
+        text_files: paths, folders, globs (`books/*.txt`, `data/**/*.jsonl`) or URLs (`s3://bucket/*.parquet`).
+            `.jsonl`, `.json` and `.parquet` hold one document a row, in `text_column`; any other file is UTF-8 text,
+            one document. All but Parquet may be compressed (`.gz`, `.bz2`, `.xz`, `.zst`).
         dataset_name: a dataset's name on the Hub, or a local folder; with `dataset_config` and `dataset_split`.
         text_column: the column of a table that holds the text.
         streaming: read a dataset while it downloads, instead of storing it first.
@@ -66,46 +92,55 @@ def open_corpus(
     if text_files and dataset_name:
         raise UserError("text_files and dataset_name are both set: set one of them")
     if text_files:
-        return FileCorpus(_expand(text_files), text_column, _without_folders(text_files))
+        files, remarks = find_files(text_files)
+        return FileCorpus(files, text_column, collection_name(text_files, files), remarks)
     if dataset_name:
         return DatasetCorpus(dataset_name, dataset_config, dataset_split, text_column, streaming)
-    sources = stdlib_sources()
+    sources = [str(path) for path in stdlib_sources()]
     if not sources:
         raise UserError("this Python comes without its standard library's sources: set text_files or dataset_name")
     version = ".".join(platform.python_version_tuple()[:2])
-    return FileCorpus(sources, text_column, f"the Python {version} standard library's sources")
+    corpus = FileCorpus(
+        sources, text_column, f"the Python {version} standard library's sources ({len(sources)} files)"
+    )
+    corpus.name = "stdlib"
+    return corpus
 
 
 class FileCorpus(Corpus):
-    """Local files, in sorted order."""
+    """Files here or elsewhere, in sorted order."""
 
-    def __init__(self, files: list[Path], text_column: str, name: str):
-        self.files = files
-        self.text_column = text_column
-        self.description = name if len(files) == 1 else f"{name} ({len(files):,} files)"
-        for path in files:
-            _check_start(path)
+    def __init__(self, files: list[str], text_column: str, description: str, remarks: Sequence[str] = ()):
+        self.files, self.text_column = files, text_column
+        self.description, self.remarks = description, remarks
+        self.name = folder_name(description.split(" (")[0])
         # The first rows of one table: their column and its type are what people get wrong.
-        table = next(filter(_table_kind, files), None)
-        if table and next(self._documents([table]), None) is None and next(self.documents(), None) is None:
-            raise UserError(f"{name}: no documents, for {text_column!r} is empty in every row")
+        table = next(filter(table_kind, files), None)
+        if table and not any([*itertools.islice(self._documents([table]), 1000)]) and not next(self.in_pieces(), None):
+            raise UserError(f"{description}: no documents, for {text_column!r} is empty in every row")
 
-    def documents(self, skip: int = 0) -> Iterator[str]:
+    def in_pieces(self, skip: int = 0) -> Iterator[Iterable[str]]:
         # A text file is one document: up to the first table, skipping needs no reading.
-        texts = sum(1 for _ in itertools.takewhile(lambda path: _table_kind(path) is None, self.files))
+        texts = sum(1 for _ in itertools.takewhile(lambda file: table_kind(file) is None, self.files))
         unread = min(skip, texts)
         return itertools.islice(self._documents(self.files[unread:]), skip - unread, None)
 
-    def _documents(self, files: list[Path]) -> Iterator[str]:
-        for path in files:
-            yield from _read_table(path, self.text_column) if _table_kind(path) else [_read_text(path)]
+    def _documents(self, files: list[str]) -> Iterator[Iterable[str]]:
+        for file in files:
+            if table_kind(file):
+                yield from (list(split_document(text)) for text in read_table(file, self.text_column))
+            else:
+                text = TextFile(file)
+                start = list(itertools.islice(text, 2))
+                yield text if len(start) > 1 else start  # a short one is read once
 
     def num_bytes(self) -> int:
-        return sum(_text_bytes(path, self.text_column) for path in self.files)
+        return sum(_text_bytes(file, self.text_column) for file in self.files)
 
     def fingerprint(self) -> str:
-        column = self.text_column if any(map(_table_kind, self.files)) else None
-        return _hash(column, _content_hash(self.files))
+        column = self.text_column if any(map(table_kind, self.files)) else None
+        local = content_hash([file for file in self.files if not is_remote(file)])
+        return _hash(column, local, *(remote_version(file) for file in self.files if is_remote(file)))
 
 
 class DatasetCorpus(Corpus):
@@ -115,10 +150,11 @@ class DatasetCorpus(Corpus):
         from datasets import load_dataset_builder
         from datasets.exceptions import DatasetsError
 
-        self.name, self.config, self.split = name, config, split
+        self.dataset, self.config, self.split = name, config, split
         self.text_column = text_column
         self.streaming = streaming
         shown = Path(name).name if os.path.isdir(name) else name
+        self.name = folder_name(base_name(name))
         self.description = f"dataset {shown}{f' ({config})' if config else ''}, split {split}"
         try:
             self._builder = load_dataset_builder(name, config)
@@ -133,18 +169,19 @@ class DatasetCorpus(Corpus):
         self._is_local = bool(self._files) and all(map(os.path.exists, self._files))
 
     def _texts(self, dataset) -> Iterator[str]:
-        return _column(dataset, self.text_column, f"dataset {self.name}")
+        batches = dataset.with_format("arrow").iter(batch_size=1000)
+        return rows_of_arrow(batches, self.text_column, f"dataset {self.dataset}")
 
-    def documents(self, skip: int = 0) -> Iterator[str]:
-        if self.streaming:
-            return itertools.islice(self._texts(self._stream), skip, None)
-        self._builder.download_and_prepare()
-        return itertools.islice(self._texts(self._builder.as_dataset(split=self.split)), skip, None)
+    def in_pieces(self, skip: int = 0) -> Iterator[Iterable[str]]:
+        rows = self._stream
+        if not self.streaming:
+            self._builder.download_and_prepare()
+            rows = self._builder.as_dataset(split=self.split)
+        return (list(split_document(text)) for text in itertools.islice(self._texts(rows), skip, None))
 
     def num_bytes(self) -> int | None:
-        paths = [Path(file) for file in self._files]
-        if self._is_local and all(map(_table_kind, paths)):
-            return sum(_text_bytes(path, self.text_column) for path in paths)
+        if self._is_local and all(map(table_kind, self._files)):
+            return sum(_text_bytes(file, self.text_column) for file in self._files)
         splits = self._builder.info.splits or {}
         if self.split not in splits:
             return None
@@ -154,184 +191,19 @@ class DatasetCorpus(Corpus):
 
     def fingerprint(self) -> str:
         # A file on the Hub has the commit in its address, hf://datasets/name@commit/path.
-        files = _content_hash([Path(file) for file in self._files]) if self._is_local else [self.name, *self._files]
+        files = content_hash(self._files) if self._is_local else [self.dataset, *self._files]
         return _hash(self.config, self.split, self.text_column, files)
 
 
-# ------------------------------------------------------------------ finding and checking files
+def folder_name(text: str) -> str:
+    """A short name that any file system takes, for a folder made from this text."""
+    return re.sub(r"[^\w.-]+", "-", Path(text).stem if "." in text[1:] else text)[:40].strip("-.") or "text"
 
 
-def _expand(patterns: list[str]) -> list[Path]:
-    """The files that paths and globs stand for, each once, sorted."""
-    files: set[str] = set()
-    for pattern in patterns:
-        path = os.path.expanduser(pattern)
-        if os.path.isdir(path):
-            example = os.path.join(pattern, "*.txt")
-            raise UserError(f"text_files: {pattern} is a folder: name the files in it, such as '{example}'")
-        # A name that happens to look like a glob, a[1].txt, is the file of that name if there is one.
-        matches = [path] if os.path.isfile(path) else glob.glob(path, recursive=True)
-        found = [os.path.abspath(match) for match in matches if os.path.isfile(match)]
-        if not found:
-            problem = "no file matches" if glob.has_magic(pattern) else "there is no file"
-            raise UserError(f"text_files: {problem} {pattern}: check the path, it is relative to {os.getcwd()}")
-        files.update(found)
-    return [Path(path) for path in sorted(files)]
-
-
-def _without_folders(patterns: list[str]) -> str:
-    """The patterns for a description, without folders: where a user keeps files is nobody else's business."""
-    names = list(dict.fromkeys(os.path.basename(pattern) for pattern in patterns))
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _table_kind(path: Path) -> str | None:
-    """Which reader of `datasets` the suffix asks for, "json" or "parquet"; None for a text file."""
-    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
-    if suffixes and suffixes[-1] in (".gz", ".zst", ".bz2", ".xz"):
-        suffixes.pop()
-    last = suffixes[-1] if suffixes else ""
-    return {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(last)
-
-
-def _check_start(path: Path) -> None:
-    try:
-        with path.open("rb") as file:
-            head = file.read(4096)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    if head in (b"", codecs.BOM_UTF8):
-        raise UserError(f"{path}: the file is empty: leave it out")
-    if _table_kind(path):
-        return
-    if b"\0" in head:
-        raise UserError(f"{path}: binary, not text (a zero byte at offset {head.index(0)}): leave it out")
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(head)
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-
-
-def _not_utf8(path: Path, error: UnicodeDecodeError) -> UserError:
-    return UserError(f"{path}: not UTF-8 text (byte offset {error.start}): convert it to UTF-8 or leave it out")
-
-
-# ------------------------------------------------------------------ reading them
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(path, error) from error
-
-
-def _read_table(path: Path, text_column: str) -> Iterator[str]:
-    from datasets import load_dataset_builder
-    from fsspec.compression import compr
-
-    if path.suffix.lower() == ".zst" and "zstd" not in compr:
-        raise UserError(f"{path}: reading .zst needs the zstandard package: pip install zstandard")
-    kind = _table_kind(path)
-    # The reader logs a damaged file besides raising an error for it; the error is enough.
-    logging.getLogger(f"datasets.packaged_modules.{kind}.{kind}").setLevel(logging.CRITICAL)
-    try:
-        rows = load_dataset_builder(kind, data_files=[glob.escape(str(path))]).as_streaming_dataset(split="train")
-    except (ValueError, OSError, EOFError) as error:  # from Arrow, or from the decompressor
-        raise UserError(f"{path}: cannot be read as {kind}: {error}") from error
-    yield from _column(rows, text_column, str(path))
-
-
-def _column(rows, text_column: str, source: str) -> Iterator[str]:
-    """The texts in one column of a `datasets` dataset, without the empty ones."""
-    import pyarrow as pa
-    from datasets.exceptions import DatasetsError
-
-    try:
-        for batch in rows.with_format("arrow").iter(batch_size=1000):
-            if text_column not in batch.column_names:
-                columns = ", ".join(batch.column_names)
-                raise UserError(f"{source}: no column {text_column!r}: set text_column to one of: {columns}")
-            kind = batch.schema.field(text_column).type
-            # A batch without any text has a column of type null, which is no mistake.
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-                columns = ", ".join(batch.column_names)
-                raise UserError(
-                    f"{source}: column {text_column!r} holds {kind}, not text: set text_column to one of: {columns}"
-                )
-            yield from filter(None, batch.column(text_column).to_pylist())
-    except UserError:
-        raise
-    except (DatasetsError, ValueError, EOFError) as error:  # Arrow's and Unicode's errors are ValueErrors
-        raise UserError(f"{source}: cannot be read: {error}") from error
-
-
-# ------------------------------------------------------------------ measuring them
-
-
-def _text_bytes(path: Path, text_column: str) -> int:
-    match _table_kind(path):
-        case "parquet":
-            return _parquet_text_bytes(path, text_column)
-        case "json":
-            return _json_text_bytes(path, text_column)
-    return path.stat().st_size
-
-
-def _parquet_text_bytes(path: Path, text_column: str) -> int:
-    import pyarrow.parquet as pq
-
-    metadata = pq.read_metadata(path)
-    groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-    columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
-
-
-def _json_text_bytes(path: Path, text_column: str) -> int:
-    """Estimate from the start: how far the file is compressed, and how much of its lines is text."""
-    from fsspec.compression import compr
-    from fsspec.utils import infer_compression
-
-    with path.open("rb") as raw, compr[infer_compression(str(path))](raw, mode="rb") as content:
-        sample = content.read(_MIB)
-        unpacked = len(sample)
-        while raw.tell() < _MIB and (more := content.read(_MIB)):
-            unpacked += len(more)
-        size = path.stat().st_size * unpacked // raw.tell()
-    lines = sample.splitlines(keepends=True)
-    if len(sample) == _MIB:
-        lines.pop()  # it may be cut
-    try:
-        text = sum(len((json.loads(line)[text_column] or "").encode()) for line in lines if line.strip())
-    except (ValueError, TypeError, KeyError):
-        return size  # not one object a line: an upper bound
-    return size * text // max(1, sum(map(len, lines)))
-
-
-_MIB = 1 << 20
-_BLOCK = 1 << 14
-_MAX_BLOCKS = 1 << 14  # 256 MiB over all files
-
-
-def _content_hash(files: list[Path]) -> str:
-    """A hash of the files' names, relative to their common folder, sizes and contents.
-
-    Up to 256 MiB of contents are read, in blocks evenly spread over each file. A smaller corpus in files of about
-    the same size is read whole; in a larger one an edit that keeps a file's size can go unnoticed.
-    """
-    if not files:
-        return ""
-    root = os.path.commonpath([path.parent for path in files])
-    blocks = max(1, _MAX_BLOCKS // len(files))
-    digest = hashlib.sha256()
-    for path in files:
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
-        with path.open("rb") as file:
-            for offset in range(0, size, max(_BLOCK, -(-size // blocks))):
-                file.seek(offset)
-                digest.update(file.read(_BLOCK))
-    return digest.hexdigest()
+def _text_bytes(file: str, text_column: str) -> int:
+    if is_remote(file) or (table_kind(file) is None and TextFile(file).is_plain):
+        return file_size(file)
+    return table_text_bytes(file, text_column)
 
 
 def _hash(*parts: object) -> str:

@@ -1,7 +1,7 @@
 """Which text is held out for validation, and the pieces in which text goes to the encoder.
 
 Whole documents are held out by a hash of their text: no state, no order, and exact copies never fall on both sides.
-Or, for one or a few long texts, the end of every document is.
+Where the documents are too few for that, as one or two books are, or where it is asked for, the end of each is.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,12 +10,13 @@ from typing import NamedTuple
 import xxhash
 
 from llmkit.data.corpus import Corpus
-from llmkit.data.tokenizer import split_document
 
-# Characters in a piece and in a batch of pieces, which a thread gets at a time: enough to hide the hand-over, little
-# enough to keep every core busy.
+# Characters in a batch of pieces, which a thread gets at a time: enough to hide the hand-over, little enough to keep
+# every core busy.
 BATCH_CHARACTERS = 1 << 18
-HASHED_CHARACTERS = 1 << 25  # read beforehand, at most, to see to it that each split gets a document
+LOOKED_AT = 1 << 25  # characters, at most, that are read beforehand to see what the hash holds out
+ENOUGH_DOCUMENTS = 8  # on each side; then the share cannot be far from what was asked for
+TOLERANCE = 3  # a share this many times too large or too small is not what was asked for
 
 
 class Piece(NamedTuple):
@@ -27,24 +28,48 @@ class Piece(NamedTuple):
     ends_document: bool  # nothing of the document follows in either split
 
 
-def split_pieces(
-    corpus: Corpus, skip: int, validation_fraction: float, validation_split: str, can_cut: bool
-) -> Iterator[Piece]:
-    """The text of a corpus without its first `skip` documents, in its order; cut into pieces if `can_cut`."""
-    by_document = validation_split == "document"
-    threshold = _threshold(corpus, validation_fraction) if by_document else 0
-    for document in corpus.documents(skip=skip):
-        if by_document:
-            parts = [("validation" if _hash(document) < threshold else "train", document)]
-        else:
-            cut = int(len(document) * (1 - validation_fraction))
-            parts = [("train", document[:cut]), ("validation", document[cut:])]
-            parts = [(split, text) for split, text in parts if text]
-        for split, text in parts:
-            *begin, end = split_document(text, BATCH_CHARACTERS) if can_cut else [text]
-            for piece in begin:
-                yield Piece(split, piece, False, False)
-            yield Piece(split, end, True, split == parts[-1][0])
+def by_document(corpus: Corpus, fraction: float) -> bool:
+    """Whether holding out whole documents gives about the fraction of the text that is asked for.
+
+    As long as it is not certain, documents are read and hashed, up to `LOOKED_AT` characters; from there on, their
+    number is reckoned from the size of the corpus.
+    """
+    documents, characters = [0, 0], [0, 0]  # to train on, held out
+    for pieces in corpus.in_pieces():
+        held_out, length = _measure(pieces, fraction)
+        documents[held_out] += 1
+        characters[held_out] += length
+        if min(documents) >= ENOUGH_DOCUMENTS:
+            return True
+        if sum(characters) >= LOOKED_AT:
+            total = corpus.num_bytes()
+            expected = sum(documents) * min(fraction, 1 - fraction) * (total or 0) / sum(characters)
+            return total is None or expected >= ENOUGH_DOCUMENTS
+    train, held_out = characters
+    share = held_out / max(1, train + held_out)
+    return fraction / TOLERANCE <= share <= TOLERANCE * fraction and 1 - share >= (1 - fraction) / TOLERANCE
+
+
+def split_pieces(corpus: Corpus, skip: int, fraction: float, whole: bool, can_cut: bool) -> Iterator[Piece]:
+    """The text of a corpus without its first `skip` documents, in its order.
+
+    Args:
+        fraction: the part to hold out: of the documents, or of each document's characters, at least one of them.
+        whole: documents are held out whole; else the end of each is.
+        can_cut: pieces may be encoded apart from each other; else a document is one piece.
+    """
+    for pieces in corpus.in_pieces(skip):
+        held_out, length = _measure(pieces, fraction)
+        cut = (0 if held_out else length) if whole else max(1, min(int(length * (1 - fraction)), length - 1))
+        if not can_cut:
+            pieces = ["".join(pieces)]
+        position = 0
+        for text in pieces:
+            to_cut = max(0, cut - position)
+            for split, part in (("train", text[:to_cut]), ("validation", text[to_cut:])):
+                position += len(part)
+                if part:
+                    yield Piece(split, part, position in (cut, length), position == length)
 
 
 def in_batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -60,23 +85,10 @@ def in_batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield batch
 
 
-def _hash(document: str) -> int:
-    return xxhash.xxh3_64_intdigest(document.encode())
-
-
-def _threshold(corpus: Corpus, fraction: float) -> float:
-    """Documents whose hash is below this are held out.
-
-    It is that fraction of the largest hash, which may hold out none of a few documents, or all. For those it is moved:
-    the document with the smallest hash is held out, and the one with the largest is not. Seeing one on each side takes
-    the first 1 / fraction documents or so; where it takes more than 32M characters, nothing is moved.
-    """
-    threshold = fraction * 2**64
-    smallest, largest, characters = 2**64, 0, 0
-    for document in corpus.documents():
-        value = _hash(document)
-        smallest, largest = min(smallest, value), max(largest, value)
-        characters += len(document)
-        if smallest < threshold <= largest or characters > HASHED_CHARACTERS:
-            return threshold
-    return min(max(threshold, smallest + 1), largest)
+def _measure(pieces: Iterable[str], fraction: float) -> tuple[bool, int]:
+    """Whether the hash of a document is among the lowest `fraction` of all hashes, and its length in characters."""
+    digest, length = xxhash.xxh3_64(), 0
+    for text in pieces:
+        digest.update(text.encode())
+        length += len(text)
+    return digest.intdigest() < fraction * 2**64, length

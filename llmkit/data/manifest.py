@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.tokenizer import tokenizer_fingerprint
@@ -23,6 +25,7 @@ SPLITS = ("train", "validation")
 MANIFEST, JOURNAL = "manifest.json", "journal.json"  # the journal is there while shards are being written
 
 
+@strict
 @dataclass
 class Shard:
     """One file of tokens: what it holds, and its checksum."""
@@ -43,7 +46,8 @@ class Shard:
             raise UserError(f"{path} {found}: delete the folder and prepare the shards again")
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Split:
     """The shards of one split in order, and their sums.
 
@@ -63,11 +67,12 @@ class Split:
         return cls(**{count: sum(getattr(shard, count) for shard in shards) for count in counts}, shards=shards)
 
 
-@dataclass(frozen=True)
+@strict
+@dataclass
 class Manifest:
-    """What a folder of finished shards holds and what it was made from."""
+    """What a folder of finished shards holds and what it was made from; without a folder, tokens in memory."""
 
-    directory: Path
+    directory: Path | None
     dtype: str
     vocab_size: int
     eos_token_id: int
@@ -81,6 +86,20 @@ class Manifest:
         checksums = {name: [shard.xxh3_64 for shard in split.shards] for name, split in self.splits.items()}
         parts = [self.settings["corpus"], self.settings["tokenizer"], checksums]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check(self) -> None:
+        """Raise ValueError where the fields contradict each other, as those of a damaged file may."""
+        names = [shard.name for split in self.splits.values() for shard in split.shards]
+        counts = [count for split in self.splits.values() for count in (split.tokens, split.documents, split.bytes)]
+        if tuple(self.splits) != SPLITS or any(os.path.basename(name) != name for name in names):
+            raise ValueError("splits")
+        if any(Split.of(split.shards) != split for split in self.splits.values()) or min(counts) < 1:
+            raise ValueError("the counts of tokens, documents and bytes")
+        if self.dtype not in ("uint16", "uint32") or not 0 <= self.eos_token_id < self.vocab_size:
+            raise ValueError("dtype, vocab_size and eos_token_id")
+        for name in ("corpus", "tokenizer"):
+            if not isinstance(self.settings[name], str):
+                raise ValueError(f"settings: {name}")
 
     def save(self) -> None:
         """Write `manifest.json`, which makes the folder a dataset."""
@@ -111,7 +130,8 @@ def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | No
         }
         manifest = Manifest(directory=directory, splits=splits, **fields)
         version = manifest.settings["format_version"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest.check()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
         raise UserError(f"{path}: not a manifest of token shards ({error}): choose another folder") from error
     if version != FORMAT_VERSION:
         raise UserError(

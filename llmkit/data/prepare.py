@@ -1,9 +1,10 @@
 """The tokenizer and the token shards of a pretraining run, made on the first run and found on the next."""
 
 import hashlib
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from llmkit.console import say
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import Corpus, open_corpus
-from llmkit.data.manifest import MANIFEST, Manifest, load_manifest, write_json
+from llmkit.data.files import is_remote
+from llmkit.data.manifest import JOURNAL, MANIFEST, Manifest, load_manifest, write_json
 from llmkit.data.shards import prepare_shards
 from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer, train_character_tokenizer
 from llmkit.errors import UserError
@@ -35,9 +37,8 @@ def prepare_pretraining_data(args: DataArguments, **how: int | None) -> tuple[Pr
     Raises:
         UserError: what `open_corpus`, `load_tokenizer` and `prepare_shards` refuse; or `data_dir` was made otherwise.
     """
-    on_hub = args.dataset_name is not None and not Path(args.dataset_name).is_dir()
-    if args.data_dir and on_hub and (Path(args.data_dir) / MANIFEST).exists():
-        # Prepared earlier, on a machine with a network perhaps: the dataset itself is not needed any more.
+    if args.data_dir and _is_elsewhere(args) and (Path(args.data_dir) / MANIFEST).exists():
+        # Prepared earlier, on a machine with a network perhaps: the text itself is not needed any more.
         directory = Path(args.data_dir)
         _check_source(directory, args)
         tokenizer = load_tokenizer(str(directory / TOKENIZER) if _is_trained(args) else args.tokenizer)
@@ -52,6 +53,7 @@ def prepare_pretraining_data(args: DataArguments, **how: int | None) -> tuple[Pr
     )
     tokenizer = None if _is_trained(args) else load_tokenizer(args.tokenizer)
     directory = Path(args.data_dir or default_data_dir(args, corpus))
+    _check_folder(directory)
     with _new_or_removed(directory):
         trained = _write_source_once(args, corpus, directory)
         manifest = prepare_shards(
@@ -65,6 +67,23 @@ def prepare_pretraining_data(args: DataArguments, **how: int | None) -> tuple[Pr
     return tokenizer or trained, manifest
 
 
+def _is_elsewhere(args: DataArguments) -> bool:
+    """Whether the text is on the Hub or on another machine."""
+    on_hub = args.dataset_name is not None and not Path(args.dataset_name).is_dir()
+    return on_hub or any(map(is_remote, args.text_files or ()))
+
+
+def _check_folder(directory: Path) -> None:
+    """Refuse a folder that holds something else than a preparation, or that cannot be made."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    except OSError as error:
+        raise UserError(f"{directory}: no folder for shards can be made there: {error.strerror}") from error
+    if names and not names & {SOURCE, TOKENIZER, MANIFEST, JOURNAL} and not list(directory.glob("*_00000.bin*")):
+        raise UserError(f"{directory} holds other files, such as {min(names)}: give an empty folder, or a new one")
+
+
 def _is_trained(args: DataArguments) -> bool:
     return args.tokenizer in ("bpe", "character")
 
@@ -72,7 +91,7 @@ def _is_trained(args: DataArguments) -> bool:
 @contextmanager
 def _new_or_removed(directory: Path) -> Iterator[None]:
     """Remove a folder that was made for a preparation which was refused before its first tokens."""
-    is_new = not directory.exists()
+    is_new = not any(directory.iterdir())
     try:
         yield
     except UserError:
@@ -84,25 +103,28 @@ def _new_or_removed(directory: Path) -> Iterator[None]:
 def default_data_dir(args: DataArguments, corpus: Corpus) -> str:
     """A folder name that differs where the tokens would: `data/stdlib-bpe4096-1b9d6bcd`."""
     vocabulary = f"bpe{args.vocab_size}" if args.tokenizer == "bpe" else Path(args.tokenizer).name
-    source = "stdlib"
-    if args.text_files or args.dataset_name:
-        source = Path(args.dataset_name or args.text_files[0]).stem.replace("*", "") or "text"
     decisive = [corpus.fingerprint(), args.tokenizer, vocabulary, args.validation_fraction, args.validation_split]
     digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]
-    return f"data/{source}-{vocabulary}-{digest}"
+    return f"data/{corpus.name}-{vocabulary}-{digest}"
 
 
 def _source(args: DataArguments) -> dict:
     """What a folder is made from, but for the text itself, which the shards' manifest knows by its hash."""
     names = ("dataset_name", "dataset_config", "dataset_split", "text_column", "tokenizer")
     names += ("validation_fraction", "validation_split")
-    return {name: getattr(args, name) for name in names} | (
-        {"vocab_size": args.vocab_size} if args.tokenizer == "bpe" else {}
-    )
+    source = {name: getattr(args, name) for name in names}
+    if args.tokenizer == "bpe":
+        source["vocab_size"] = args.vocab_size
+    if args.text_files and _is_elsewhere(args):
+        source["text_files"] = args.text_files
+    return source
 
 
 def _check_source(directory: Path, args: DataArguments) -> None:
-    was = json.loads((directory / SOURCE).read_text())
+    try:
+        was = dict(json.loads((directory / SOURCE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{directory / SOURCE} is damaged ({error}): delete the folder, or take another") from error
     for name, value in _source(args).items():
         if was.get(name) != value:
             raise UserError(
@@ -124,7 +146,7 @@ def _write_source_once(args: DataArguments, corpus: Corpus, directory: Path) -> 
 
 
 def _train_tokenizer(args: DataArguments, corpus: Corpus, directory: Path) -> None:
-    text = _first_characters(corpus.documents(), TOKENIZER_TRAINING_CHARACTERS)
+    text = _first_characters(itertools.chain.from_iterable(corpus.in_pieces()), TOKENIZER_TRAINING_CHARACTERS)
     if args.tokenizer == "bpe":
         tokenizer = train_bpe_tokenizer(text, args.vocab_size)
     else:
@@ -133,10 +155,10 @@ def _train_tokenizer(args: DataArguments, corpus: Corpus, directory: Path) -> No
     say(f"trained a {args.tokenizer} tokenizer of {len(tokenizer):,} tokens on {corpus.description}")
 
 
-def _first_characters(documents: Iterator[str], limit: int) -> Iterator[str]:
+def _first_characters(pieces: Iterable[str], limit: int) -> Iterator[str]:
     seen = 0
-    for document in documents:
+    for text in pieces:
         if seen >= limit:
             return
-        seen += len(document)
-        yield document
+        seen += len(text)
+        yield text

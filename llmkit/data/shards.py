@@ -9,6 +9,7 @@ same bytes as one that was not.
 """
 
 import errno
+import itertools
 import json
 import os
 import shutil
@@ -21,13 +22,14 @@ from pathlib import Path
 
 import filelock
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.console import say
 from llmkit.data.corpus import Corpus
 from llmkit.data.encoding import fastest_encoder, map_in_order, token_dtype
-from llmkit.data.holdout import Piece, in_batches, split_pieces
+from llmkit.data.holdout import TOLERANCE, Piece, by_document, in_batches, split_pieces
 from llmkit.data.manifest import (
     FORMAT_VERSION,
     JOURNAL,
@@ -62,7 +64,8 @@ def prepare_shards(
     Args:
         validation_fraction: the part of the text that is held out.
         validation_split: "document" holds out whole documents, chosen by a hash of their text, so that exact copies
-            never fall on both sides. "tail" holds out the end of every document, for one or a few long texts.
+            never fall on both sides; the end of each where they are too few for it. "tail" holds out the end of each
+            document in any case.
         shard_tokens: a shard is closed after the document that fills it.
         num_workers: threads that tokenize; all cores by default.
 
@@ -152,10 +155,15 @@ class _Preparation:
         self.documents = 0
         shards = {split: [Shard(f"{split}_00000.bin")] for split in SPLITS}
         if (directory / JOURNAL).exists():
-            journal = json.loads((directory / JOURNAL).read_text(encoding="utf-8"))
-            _check_settings(directory, journal["settings"], settings)
-            self.documents = journal["documents"]
-            shards = {split: [Shard(**shard) for shard in journal["shards"][split]] for split in SPLITS}
+            try:
+                journal = json.loads((directory / JOURNAL).read_text(encoding="utf-8"))
+                found, self.documents = dict(journal["settings"]), int(journal["documents"])
+                shards = {split: [Shard(**shard) for shard in journal["shards"][split]] for split in SPLITS}
+            except (OSError, ValueError, TypeError, KeyError, RecursionError, StrictDataclassError) as error:
+                raise UserError(
+                    f"{directory / JOURNAL} is damaged ({error}): delete the folder and prepare the shards again"
+                ) from error
+            _check_settings(directory, found, settings)
         self.writers = {split: ShardWriter(directory, split, self.dtype, shards[split]) for split in SPLITS}
 
     def run(self, num_workers: int) -> None:
@@ -178,11 +186,13 @@ class _Preparation:
         """Say what disk space is needed, going by the first documents, and refuse to start if it is not there."""
         free = shutil.disk_usage(self.directory).free
         sample, characters = [], 0
-        for document in self.corpus.documents():
-            sample.append(document[:SAMPLE_CHARACTERS])
-            characters += len(document)
+        for text in itertools.chain.from_iterable(self.corpus.in_pieces()):
+            sample.append(text)
+            characters += len(text)
             if characters >= SAMPLE_CHARACTERS:
                 break
+        for remark in self.corpus.remarks:
+            print(f"shards: {remark}", flush=True)
         text, place = self.corpus.description, f"{self.directory} ({_size(free)} free)"
         if self.num_bytes is None or not sample:
             say(f"shards: {text}, size unknown, to {place}")
@@ -199,8 +209,14 @@ class _Preparation:
             )
 
     def _write_shards(self, num_workers: int) -> None:
-        fraction, how = self.settings["validation_fraction"], self.settings["validation_split"]
-        batches = in_batches(split_pieces(self.corpus, self.documents, fraction, how, self.can_cut))
+        fraction = self.settings["validation_fraction"]
+        whole = self.settings["validation_split"] == "document" and by_document(self.corpus, fraction)
+        if not whole and self.settings["validation_split"] == "document":
+            print(
+                f"shards: too few documents to hold out {fraction:.3g} of them: the end of each is held out",
+                flush=True,
+            )
+        batches = in_batches(split_pieces(self.corpus, self.documents, fraction, whole, self.can_cut))
         tokens_before, start = self._sum("tokens"), time.perf_counter()
         with self._progress_bar() as bar:
             for batch, encoded in map_in_order(self._encode, batches, num_workers):
@@ -254,13 +270,20 @@ class _Preparation:
 
     def _finish(self) -> None:
         """Close the last shards, write the manifest, and remove what only a restart needs."""
-        for split, writer in self.writers.items():
-            if not any(shard.tokens for shard in writer.shards):
+        fraction = self.settings["validation_fraction"]
+        num_bytes = {split: sum(shard.bytes for shard in writer.shards) for split, writer in self.writers.items()}
+        for split, size in num_bytes.items():
+            if not size:
                 raise UserError(
-                    f"{self.corpus.description}: no text for the {split} split: of {self.documents:,} documents, "
-                    f"validation_fraction {self.settings['validation_fraction']} leaves it none; hold out the end of "
-                    "every document instead (--validation_split tail), or another fraction"
+                    f"{self.corpus.description}: no text for the {split} split: its {self.documents:,} documents "
+                    f"leave it none at validation_fraction={fraction}: give more text, or --validation_split tail"
                 )
+        if (share := num_bytes["validation"] / sum(num_bytes.values())) > TOLERANCE * fraction:
+            print(
+                f"shards: {share:.1%} of the text is held out, more than three times validation_fraction={fraction}, "
+                "for there is so little: give more text",
+                flush=True,
+            )
         self._commit(full=1)
         Manifest(
             self.directory,

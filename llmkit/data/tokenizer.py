@@ -15,12 +15,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from llmkit.data.arguments import check_vocab_size
 from llmkit.errors import UserError, reason
 from llmkit.paths import local_path
 
 END_OF_TEXT = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
-MIN_BPE_VOCAB_SIZE = 256 + 1  # every byte, and the end of text
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +37,7 @@ def train_bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrained
         vocab_size: total number of tokens, `<|endoftext|>` included. A text with too few distinct words to reach it
             gives fewer tokens, and a warning.
     """
-    if vocab_size < MIN_BPE_VOCAB_SIZE:
-        raise UserError(
-            f"vocab_size is {vocab_size}, and a byte-level BPE has at least {MIN_BPE_VOCAB_SIZE} tokens "
-            f"(256 bytes and {END_OF_TEXT}): set {MIN_BPE_VOCAB_SIZE} or more"
-        )
+    check_vocab_size(vocab_size)
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -85,6 +81,14 @@ def bpe_from_files(vocab_file: str | Path, merges_file: str | Path) -> PreTraine
     return byte_level_bpe(vocab, merges)
 
 
+def _is_vocabulary_alone(folder: Path) -> bool:
+    """Whether a folder holds GPT-2's published files and nothing that tells AutoTokenizer what they are."""
+    others = ("tokenizer.json", "tokenizer_config.json", "config.json")
+    return all((folder / name).is_file() for name in ("vocab.json", "merges.txt")) and not any(
+        (folder / name).exists() for name in others
+    )
+
+
 def train_character_tokenizer(documents: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token per character (Unicode code point) of the documents, in code point order, then two special tokens.
 
@@ -120,10 +124,12 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     if path and not path.is_dir():
         raise UserError(f"tokenizer {name_or_path}: this is a file; give a tokenizer's folder or its name on the Hub")
     try:
+        if path and _is_vocabulary_alone(path):
+            return bpe_from_files(path / "vocab.json", path / "merges.txt")
         tokenizer = AutoTokenizer.from_pretrained(
             str(path or name_or_path), revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         place = "this folder holds no tokenizer" if path else "not a folder here, and not read from the Hub"
         raise UserError(f"tokenizer {name_or_path}: {place} ({reason(error)})") from error
     # By a GPT-2's config.json AutoTokenizer makes one without any token where its files are not there.

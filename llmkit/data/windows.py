@@ -13,9 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import xxhash
 from torch.utils.data import Dataset, Sampler, default_collate
+from transformers import PreTrainedTokenizerBase
 
-from llmkit.data.manifest import Manifest, load_manifest
+from llmkit.data.encoding import token_dtype
+from llmkit.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
+from llmkit.data.tokenizer import tokenizer_fingerprint
 from llmkit.errors import UserError
 
 IGNORED = -100  # the label that losses leave out
@@ -30,7 +34,7 @@ class TokenWindows(Dataset):
     every token counts.
 
     The files are memory-mapped when they are first read, in each process for itself: opening costs the same at any
-    size, and copies for DataLoader workers are small.
+    size, and copies for DataLoader workers are small. `from_tokens` makes windows over arrays in memory.
 
     Args:
         shards: a folder of shards, or its manifest.
@@ -50,7 +54,8 @@ class TokenWindows(Dataset):
         self.num_bytes = tokens.bytes
         self.pad_id = manifest.eos_token_id
         self.dtype = np.dtype(manifest.dtype).newbyteorder("<")
-        self.files = [manifest.directory / shard.name for shard in tokens.shards]
+        self.vocab_size = manifest.vocab_size
+        self.files = [manifest.directory / shard.name for shard in tokens.shards] if manifest.directory else []
         # starts[i] is the position of shard i's first token in the stream; the last entry is the stream's length.
         self.starts = [0, *itertools.accumulate(shard.tokens for shard in tokens.shards)]
         self.num_windows = (self.num_tokens - 1) // block_size
@@ -58,10 +63,49 @@ class TokenWindows(Dataset):
             self.num_windows = -(-(self.num_tokens - 1) // block_size)
         if self.num_windows < 1:
             raise UserError(
-                f"{manifest.directory}: the {split} split has {self.num_tokens:,} tokens, one window of block_size "
-                f"{block_size:,} takes {block_size + 1:,}: give more text or a smaller block_size"
+                f"{manifest.directory or manifest.corpus}: the {split} split has {self.num_tokens:,} tokens, one "
+                f"window of block_size {block_size:,} takes {block_size + 1:,}: give more text or a smaller block_size"
             )
         self._arrays: dict[int, np.ndarray] = {}
+
+    @classmethod
+    def from_tokens(
+        cls,
+        train_ids: Sequence[int] | np.ndarray,
+        validation_ids: Sequence[int] | np.ndarray,
+        tokenizer: PreTrainedTokenizerBase,
+        block_size: int,
+    ) -> tuple["TokenWindows", "TokenWindows"]:
+        """Windows over token ids in memory, to train on without files: those of training and of validation.
+
+        The ids are decoded once to count the bytes of their text, which bits per byte are reckoned from.
+
+        Args:
+            train_ids, validation_ids: one series of ids each, as arrays, lists or tensors on the CPU. Between two
+                documents stands `tokenizer.eos_token_id`.
+            tokenizer: the one that they come from; it has an end-of-text token.
+
+        Raises:
+            UserError: ids of another shape or type, or that the tokenizer does not have; too few for a window.
+        """
+        if tokenizer.eos_token_id is None:
+            raise UserError("the tokenizer has no end-of-text token: set its eos_token")
+        arrays = {
+            split: _check_ids(split, ids, tokenizer)
+            for split, ids in zip(SPLITS, (train_ids, validation_ids), strict=True)
+        }
+        manifest = Manifest(
+            directory=None,
+            dtype=token_dtype(tokenizer).name,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+            corpus="tokens in memory",
+            settings={"corpus": "tokens in memory", "tokenizer": tokenizer_fingerprint(tokenizer)},
+            splits={split: _in_memory(split, ids, tokenizer) for split, ids in arrays.items()},
+        )
+        train, validation = (cls(manifest, split, block_size) for split in SPLITS)
+        train._arrays, validation._arrays = {0: arrays["train"]}, {0: arrays["validation"]}
+        return train, validation
 
     @property
     def tokens_per_byte(self) -> float:
@@ -97,6 +141,11 @@ class TokenWindows(Dataset):
             rows[row, : len(window)] = window
             if len(window) <= size:
                 short.append((row, max(0, len(window) - 1)))
+        if (largest := rows.max(initial=0)) >= self.vocab_size:
+            raise UserError(
+                f"{self.manifest.directory}: token id {largest} in windows {list(indices)[:8]}, and the vocabulary "
+                f"has {self.vocab_size:,}: the shards are damaged, delete the folder and prepare them again"
+            )
         shift_labels = rows[:, 1:].astype(np.int64)
         for row, num_targets in short:
             shift_labels[row, num_targets:] = IGNORED
@@ -123,7 +172,31 @@ class TokenWindows(Dataset):
         return self._arrays[shard]
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_arrays": {}}
+        return {**self.__dict__, "_arrays": {}} if self.files else self.__dict__
+
+
+def _check_ids(split: str, ids: Sequence[int] | np.ndarray, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise UserError(
+            f"{split}_ids: an array of {array.dtype} with {array.ndim} dimensions: give one series of integers, such "
+            "as np.concatenate(list_of_documents)"
+        )
+    if array.size and not 0 <= array.min() <= array.max() < len(tokenizer):
+        raise UserError(
+            f"{split}_ids: ids from {array.min()} to {array.max()}, and the tokenizer has {len(tokenizer):,}: give "
+            "the tokenizer that they were made with"
+        )
+    return np.ascontiguousarray(array, dtype=token_dtype(tokenizer))
+
+
+def _in_memory(split: str, ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Split:
+    ends = np.flatnonzero(ids == tokenizer.eos_token_id)
+    documents = [document[document != tokenizer.eos_token_id] for document in np.split(ids, ends + 1)]
+    num_bytes = sum(len(tokenizer.decode(document).encode()) for document in documents)
+    checksum = xxhash.xxh3_64_hexdigest(ids.data)
+    count = sum(document.size > 0 for document in documents)
+    return Split.of([Shard(split, tokens=len(ids), documents=count, bytes=num_bytes, xxh3_64=checksum)])
 
 
 def collate_windows(windows: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

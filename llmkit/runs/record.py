@@ -67,7 +67,7 @@ def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
     """`data` of a run on token shards."""
     return {
         "description": train.manifest.corpus,
-        "directory": str(train.manifest.directory),
+        "directory": str(train.manifest.directory) if train.manifest.directory else None,
         "fingerprint": train.manifest.fingerprint,
         "block_size": train.block_size,
         "train_tokens": train.num_tokens,

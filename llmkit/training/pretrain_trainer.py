@@ -10,6 +10,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 
 from llmkit.data.windows import TokenWindows, WindowBatchSampler, collate_windows
+from llmkit.errors import UserError
 from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
 from llmkit.machine import device_name, peak_flops
 from llmkit.model.loss import IGNORE_INDEX
@@ -52,6 +53,11 @@ class PretrainTrainer(ExactTrainer):
     ):
         block_size = train_dataset.block_size
         args.set_accumulation(block_size)
+        if train_dataset.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"the windows have ids of a vocabulary of {train_dataset.vocab_size:,} tokens, and the model has "
+                f"{model.config.vocab_size:,}: make it with GPT2Config(...).for_tokenizer(tokenizer)"
+            )
         if args.max_steps == -1:
             windows = args.num_train_epochs * len(train_dataset)
             args.max_steps = max(1, round(windows * block_size / args.total_batch_tokens))

@@ -108,6 +108,18 @@ def test_tokenizer_show_of_a_file_a_text_and_standard_input(text_file, tmp_path,
     assert "\033[48;5;" in capsys.readouterr().out
 
 
+def test_tokenizer_show_compares_with_published_files(tmp_path, capsys):
+    document = Path(__file__).read_text()
+    bpe = train_bpe_tokenizer([document], 400)
+    bpe.save_pretrained(tmp_path / "bpe")
+    (tmp_path / "published").mkdir()
+    bpe.backend_tokenizer.model.save(str(tmp_path / "published"))
+    names = ["--tokenizer", str(tmp_path / "bpe"), "--compare", str(tmp_path / "published")]
+    cli.main(["tokenizer", "show", "import sys", *names])
+    first, second = re.findall(r"--- .*\n(.*)\n", capsys.readouterr().out)
+    assert first == second and "import" in first
+
+
 def test_tokenizer_show_compares_and_makes_a_page(text_file, tmp_path, capsys):
     document = Path(text_file).read_text(encoding="utf-8")
     train_bpe_tokenizer([document], 400).save_pretrained(tmp_path / "bpe")
@@ -126,6 +138,7 @@ def test_tokenizer_show_compares_and_makes_a_page(text_file, tmp_path, capsys):
     ("argv", "message"),
     [
         (["x"], "no tokenizer: give --tokenizer"),
+        (["{tmp}", "--tokenizer", "{tmp}"], "is a folder: give one text file"),
         (["", "--tokenizer", "{tmp}"], "there is no text"),
         (["{tmp}/latin", "--tokenizer", "{tmp}"], "not a text in UTF-8"),
         (["x", "--tokenizer", "{tmp}"], "this folder holds no tokenizer"),
@@ -178,6 +191,19 @@ def test_defaults_of_shards_prepare_are_the_recipes():
     args = vars(cli.parser().parse_args(["shards", "prepare", "--output", "o"]))
     defaults = {field.name: field.default for field in dataclasses.fields(DataArguments) if field.name != "data_dir"}
     assert defaults == {name: args[name] for name in defaults}
+
+
+def test_every_field_of_the_data_arguments_is_a_flag_that_reads_its_type():
+    """`data_dir` is `--output` there."""
+    given = {"text_files": ["a", "b"], "dataset_name": "n", "dataset_config": "c", "dataset_split": "s"}
+    given |= {"text_column": "t", "streaming": True, "tokenizer": "x", "vocab_size": 300}
+    given |= {"validation_fraction": 0.5, "validation_split": "tail"}
+    assert given.keys() == {field.name for field in dataclasses.fields(DataArguments)} - {"data_dir"}
+    argv = ["shards", "prepare", "--output", "o"]
+    for name, value in given.items():
+        argv += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
+    args = vars(cli.parser().parse_args(argv))
+    assert {name: args[name] for name in given} == given
 
 
 def test_a_file_where_a_folder_should_be(text_file, tokenizer, capsys):

@@ -1,9 +1,16 @@
+import functools
 import gzip
+import itertools
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -116,9 +123,97 @@ def test_no_such_file_names_the_pattern(tmp_path, pattern):
     assert str(tmp_path / pattern) in str(raised.value)
 
 
-def test_a_folder_is_not_a_file(tmp_path):
-    with pytest.raises(UserError, match="is a folder"):
-        open_corpus([str(tmp_path)])
+def test_a_folder_is_every_text_below_it(tmp_path):
+    """What is not text, or hidden, is left out, and the user is told of it."""
+    for name in ["b.txt", "deep/er/a.md", "c.py", ".git/config", ".hidden"]:
+        write_text(tmp_path / "books" / name, f"I am {name}")
+    write_text(tmp_path / "books/cover.jpg", b"JFIF\0")
+    write_text(tmp_path / "books/empty.txt", "")
+    write_jsonl(tmp_path / "books/d.jsonl", [{"text": "a row"}])
+    corpus = open_corpus([str(tmp_path / "books")])
+    assert list(corpus.documents()) == ["I am b.txt", "I am c.py", "a row", "I am deep/er/a.md"]
+    assert corpus.description == "books (4 files)"
+    assert corpus.remarks == ["2 files are not text and were left out: cover.jpg, empty.txt"]
+    (tmp_path / "nothing").mkdir()
+    write_text(tmp_path / "images/cover.jpg", b"JFIF\0")
+    for folder in ("nothing", "images"):
+        with pytest.raises(UserError, match=f"text_files: there is no .*{folder}"):
+            open_corpus([str(tmp_path / folder)])
+
+
+def test_a_home_folder_is_found_and_not_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "alice"))
+    for name in ["a.txt", "b.txt", "books/c.txt"]:
+        write_text(tmp_path / "alice" / name, name)
+    assert list(open_corpus(["~/books"]).documents()) == ["books/c.txt"]
+    for patterns in (["~/*.txt"], [str(tmp_path / "alice/*.txt")], ["~/a.txt", "~/b.txt"]):
+        corpus = open_corpus(patterns)
+        assert len(corpus.files) == 2 and "alice" not in corpus.description + corpus.name
+    assert open_corpus(["~"]).description == "3 files"
+
+
+def test_many_files_are_counted_and_not_listed(tmp_path):
+    files = [write_text(tmp_path / "books" / f"{n}.txt", str(n)) for n in range(600)]
+    assert open_corpus(files).description == "600 files"
+    assert open_corpus([str(tmp_path / "books/*.txt")]).description == "books (600 files)"
+    assert open_corpus(files[:1]).description == "0.txt"
+
+
+def test_a_file_named_twice_is_read_once_and_said(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_text(tmp_path / "a.txt", "text")
+    corpus = open_corpus(["a.txt", "./a.txt"])
+    assert list(corpus.documents()) == ["text"]
+    assert corpus.remarks == ["1 files were named more than once and are read once"]
+
+
+@pytest.mark.parametrize(
+    "path", ["", " ", "a\0b", "x" * 300, "/proc/self/nothing", "/proc/version/x", "x" * 300 + "*"]
+)
+def test_paths_that_cannot_be(path):
+    with pytest.raises(UserError, match="text_files: "):
+        open_corpus([path])
+
+
+def test_compressed_text_is_text(tmp_path):
+    path = write_text(tmp_path / "a.txt.gz", gzip.compress(b"some text " * 1000))
+    corpus = open_corpus([path])
+    assert list(corpus.documents()) == ["some text " * 1000]
+    assert corpus.num_bytes() == 10_000
+    with pytest.raises(UserError, match="b.txt.gz: cannot be read"):
+        list(open_corpus([write_text(tmp_path / "b.txt.gz", b"not compressed")]).documents())
+
+
+@pytest.mark.parametrize("blanks", [True, False])
+def test_a_large_file_comes_in_pieces(tmp_path, blanks):
+    text = ("🌍 éclair wörld\n漢字 " if blanks else "漢字é") * 60_000
+    corpus = open_corpus([write_text(tmp_path / "a.txt", "\ufeff" + text), write_text(tmp_path / "b.txt", "short")])
+    for _ in range(2):  # a document can be gone through again
+        document, short = corpus.in_pieces()
+        assert "".join(document) == text and "".join(document) == text and list(short) == ["short"]
+    assert (len(list(document)) > 4) == blanks
+    assert all(piece[-1].strip() and next_piece[0] in " \n" for piece, next_piece in itertools.pairwise(document))
+
+
+MEMORY = """
+import resource, sys
+from llmkit.data.corpus import open_corpus
+from llmkit.data.holdout import by_document, split_pieces
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+corpus = open_corpus(sys.argv[1:])
+corpus.fingerprint()
+assert not by_document(corpus, 0.01)
+length = sum(len(piece.text) for piece in split_pieces(corpus, 0, 0.01, False, True))
+print(length, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+"""
+
+
+def test_a_large_file_takes_little_memory(tmp_path):
+    """Sixty megabytes with one emoji took six times their size."""
+    text = "one two three four five\n" * 2_500_000 + "🌍"
+    command = [sys.executable, "-c", MEMORY, write_text(tmp_path / "a.txt", text)]
+    length, megabytes = map(float, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert length == len(text) and megabytes < 30
 
 
 def test_files_and_a_dataset_at_once_are_refused(tmp_path):
@@ -185,6 +280,59 @@ def test_a_table_without_text_is_no_corpus(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"text": "a"}\n{"text": 1}', "row 2: 'text' holds 1, not text"),
+        ('{"text": ["a"]}', "row 1: 'text' holds .*a.*, not text"),
+        ('{"text": {"a": 1}}', "not text: mend the row, or set text_column to one of: text"),
+        ('{"text": true}', "holds true, not text"),
+        ("null", "row 1 is not an object"),  # a segmentation fault in Arrow
+        ('{"text": "a"}\n"b"', "row 2 is not an object"),
+        ("[1, 2]", "row 1 is not an object"),
+        ('{"text": "\\ud800"}', "cannot be read: .*surrogates not allowed"),
+        ("[" * 100_000, "cannot be read"),
+        ('{"text": "a"}\n' + "[" * 100_000, "row 2 is not JSON"),
+    ],
+)
+def test_what_is_no_text_in_json_is_named_with_its_row(tmp_path, content, message):
+    with pytest.raises(UserError, match=message) as raised:
+        list(open_corpus([write_text(tmp_path / "a.jsonl", content)]).documents())
+    assert "a.jsonl" in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_text_that_looks_like_something_else_is_text(tmp_path):
+    """Arrow makes times of these."""
+    texts = ["2024-01-01", "2024-01-02"]
+    assert list(open_corpus([write_jsonl(tmp_path / "a.jsonl", [{"text": t} for t in texts])]).documents()) == texts
+
+
+def test_rows_of_json_may_lack_the_column_but_not_all(tmp_path):
+    rows = [{"other": 1}] * 10 + [{"text": "a"}]
+    assert list(open_corpus([write_jsonl(tmp_path / "a.jsonl", rows)]).documents()) == ["a"]
+    with pytest.raises(UserError, match="no column 'text': set text_column to one of: other"):
+        open_corpus([write_jsonl(tmp_path / "b.jsonl", [{"other": 1}] * 2000)])
+
+
+def test_a_parquet_file_without_rows_does_not_stop_the_corpus(tmp_path):
+    for name, texts in {"a": [], "b": ["one"], "c": []}.items():
+        write_parquet(tmp_path / f"{name}.parquet", texts)
+    assert list(open_corpus([str(tmp_path / "*.parquet")]).documents()) == ["one"]
+    with pytest.raises(UserError, match="no documents"):
+        open_corpus([str(tmp_path / "a.parquet")])
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())])
+def test_every_way_that_parquet_stores_text_is_text(tmp_path, kind):
+    texts = (
+        pa.array(["one", "two"]).dictionary_encode()
+        if pa.types.is_dictionary(kind)
+        else pa.array(["one", "two"], kind)
+    )
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    assert list(open_corpus([str(tmp_path / "a.parquet")]).documents()) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
     ("name", "content"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": oops}\n'),
@@ -200,6 +348,69 @@ def test_a_damaged_table_is_named_in_one_line_and_nothing_else_is_said(tmp_path,
     assert path in str(raised.value)
     assert "\n" not in str(raised.value)
     assert capfd.readouterr() == ("", "")
+
+
+# ----------------------------------------------------------------------------- files elsewhere
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    """Four files on a web server of this machine and in fsspec's memory: their addresses."""
+    folder = tmp_path / "served"
+    (folder / "rows").mkdir(parents=True)
+    write_text(folder / "books/a.txt", "book a")
+    write_text(folder / "books/b.txt.gz", gzip.compress(b"book b"))
+    write_jsonl(folder / "rows/c.jsonl", [{"text": "row c"}])
+    write_parquet(folder / "rows/d.parquet", ["row d"])
+    memory = fsspec.filesystem("memory")
+    for path in sorted(folder.rglob("*.*")):
+        memory.pipe_file(f"/{path.relative_to(folder)}", path.read_bytes())
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=folder)
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"memory": "memory://", "http": f"http://127.0.0.1:{server.server_port}/"}
+    server.shutdown()
+    memory.rm("/", recursive=True)
+
+
+@pytest.mark.parametrize("kind", ["memory", "http"])
+def test_files_elsewhere_are_read_as_those_here(served, kind):
+    root = served[kind]
+    corpus = open_corpus([root + "books/a.txt", root + "rows/c.jsonl"])
+    assert list(corpus.documents()) == ["book a", "row c"]
+    assert corpus.num_bytes() == len("book a") + len('{"text": "row c"}\n')
+    assert corpus.description == "2 files"
+    books = open_corpus([root + "books/"])
+    assert list(books.documents()) == ["book a", "book b"] and books.description == "books (2 files)"
+    assert list(open_corpus([root + "books/*.gz"]).documents()) == ["book b"]
+    assert open_corpus([root + "books/*.gz"]).name == "b.txt"
+    for missing in ("none.txt", "none/*.txt"):
+        with pytest.raises(UserError, match="no file at|cannot be read"):
+            open_corpus([root + missing])
+
+
+def test_parquet_from_a_file_system_elsewhere(served):
+    assert list(open_corpus(["memory://rows/*"]).documents()) == ["row c", "row d"]
+
+
+def test_the_fingerprint_of_a_remote_file_follows_its_version(served):
+    before = open_corpus(["memory://books/a.txt"]).fingerprint()
+    assert open_corpus(["memory://books/a.txt"]).fingerprint() == before
+    fsspec.filesystem("memory").pipe_file("/books/a.txt", b"book A")
+    assert open_corpus(["memory://books/a.txt"]).fingerprint() != before
+
+
+def test_a_key_in_an_address_is_not_shown(served):
+    corpus = open_corpus([served["http"] + "books/a.txt?key=secret"])
+    assert list(corpus.documents()) == ["book a"] and "secret" not in corpus.description + corpus.name
+
+
+@pytest.mark.parametrize("url", ["nosuch://a/b.txt", "http://127.0.0.1:9/a.txt", "s3://bucket/a.txt"])
+def test_a_file_system_that_is_not_there(url):
+    with pytest.raises(UserError) as raised:
+        open_corpus([url])
+    assert url in str(raised.value) and "\n" not in str(raised.value)
 
 
 # ----------------------------------------------------------------------------- datasets

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from llmkit.data.arguments import DataArguments
@@ -66,6 +67,54 @@ def test_prepared_shards_of_a_hub_dataset_need_no_hub(texts):
     assert prepare_pretraining_data(DataArguments(**settings))[1] == manifest
     with pytest.raises(UserError, match="made with dataset_config=small, not large"):
         prepare_pretraining_data(DataArguments(**settings | {"dataset_config": "large"}))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"vocab_size": 10**9}, {"vocab_size": 256}, {"data_dir": ""}, {"data_dir": "a\0b"}, {"tokenizer": " "}]
+    + [{"text_column": ""}, {"data_dir": "/proc/shards"}, {"data_dir": "x" * 300}, {"data_dir": "texts/1.txt/shards"}]
+    + [{"data_dir": "texts"}, {"text_files": [""]}, {"text_files": ["texts/none*"]}],
+)
+def test_settings_that_cannot_be_are_one_line_and_write_nothing(texts, setting):
+    before = sorted(Path().rglob("*"))
+    with pytest.raises(UserError) as raised:
+        prepare_pretraining_data(DataArguments(**{"text_files": [texts], "vocab_size": 300} | setting))
+    assert "\n" not in str(raised.value)
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_home_folder_is_expanded(texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = DataArguments(text_files=["~/texts"], vocab_size=300, data_dir="~/mine")
+    assert prepare_pretraining_data(args)[1].directory == tmp_path / "mine"
+    again = DataArguments(text_files=["texts"], tokenizer="~/mine/tokenizer", data_dir="~/other")
+    assert prepare_pretraining_data(again)[1].vocab_size == 300
+
+
+def test_the_folder_has_the_name_of_the_text(texts):
+    for text, name in {"texts": "texts", "texts/*.txt": "texts", "texts/1.txt": "1"}.items():
+        _, manifest = prepare_pretraining_data(DataArguments(text_files=[text], vocab_size=300))
+        assert manifest.directory.name.startswith(f"{name}-bpe300-")
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "null", "[" * 100_000])
+def test_a_damaged_record_of_the_source_is_one_line(texts, content):
+    args = {"text_files": [texts], "vocab_size": 300, "data_dir": "mine"}
+    prepare_pretraining_data(DataArguments(**args))
+    (Path("mine") / "source.json").write_text(content)
+    with pytest.raises(UserError, match="source.json is damaged"):
+        prepare_pretraining_data(DataArguments(**args))
+
+
+def test_prepared_shards_of_files_elsewhere_need_no_network(texts):
+    memory = fsspec.filesystem("memory")
+    memory.pipe_file("/stories/a.txt", b"some words of a story\n" * 200)
+    args = {"text_files": ["memory://stories/"], "vocab_size": 300, "data_dir": "mine"}
+    _, manifest = prepare_pretraining_data(DataArguments(**args))
+    memory.rm("/stories", recursive=True)
+    assert prepare_pretraining_data(DataArguments(**args))[1] == manifest
+    with pytest.raises(UserError, match="made with text_files="):
+        prepare_pretraining_data(DataArguments(**args | {"text_files": ["memory://other/"]}))
 
 
 def test_a_refused_preparation_leaves_nothing(texts):

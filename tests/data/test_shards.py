@@ -1,8 +1,10 @@
 """Shards hold exactly the corpus, whatever happens while they are made."""
 
 import errno
+import functools
 import json
 import math
+import operator
 import random
 import re
 import shutil
@@ -34,15 +36,16 @@ from llmkit.data.tokenizer import (
     train_bpe_tokenizer,
     train_character_tokenizer,
 )
+from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 
 
 class ListCorpus(Corpus):
     def __init__(self, documents, name="list"):
-        self.list, self.description = list(documents), name
+        self.list, self.name, self.description = list(documents), name, name
 
-    def documents(self, skip=0):
-        return iter(self.list[skip:])
+    def in_pieces(self, skip=0):
+        return ([*split_document(document, holdout.BATCH_CHARACTERS)] for document in self.list[skip:])
 
     def num_bytes(self):
         return sum(len(document.encode()) for document in self.list)
@@ -187,28 +190,49 @@ def test_tail_holds_out_the_end_of_every_document(tmp_path, bpe):
     assert manifest.splits["validation"].bytes == sum(len(text.encode()) for text in validation)
 
 
-@pytest.mark.parametrize("copies", [1, 3])
-def test_one_document_cannot_be_split_by_document(tmp_path, bpe, copies):
-    with pytest.raises(UserError, match=f"of {copies} documents.*--validation_split tail"):
-        prepare(tmp_path, ["one long text " * 50] * copies, bpe)
-    assert not (tmp_path / "shards").exists()
-
-
-@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.99, 1 - 1e-9])
-@pytest.mark.parametrize("count", [2, 3, 30])
-def test_of_a_few_documents_each_split_gets_one(tmp_path, bpe, count, fraction, monkeypatch):
-    documents = make_documents(count)
-    by_hash = sorted(documents, key=lambda document: xxhash.xxh3_64_intdigest(document.encode()))
+@pytest.mark.parametrize("fraction", [1e-9, 0.01, 0.5, 0.99, 1 - 1e-9])
+@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_of_a_few_documents_the_end_of_each_is_held_out(tmp_path, bpe, capsys, count, copies, fraction):
+    """One book, or two: no whole one can be held out and come near the fraction."""
+    documents = ["one long text " * 50] * count if copies else make_documents(count)
     manifest = prepare(tmp_path, documents, bpe, validation_fraction=fraction)
-    held_out = texts_of(manifest, "validation", bpe)
-    assert 1 <= len(held_out) < count
-    assert sorted(held_out) == sorted(by_hash[: len(held_out)])
-    if fraction == 1e-9:
-        assert held_out == by_hash[:1]
-        # Too much text to hash it all beforehand: the fraction is taken at its word.
-        monkeypatch.setattr(holdout, "HASHED_CHARACTERS", 0)
-        with pytest.raises(UserError, match="no text for the validation split"):
-            prepare(tmp_path / "many", documents, bpe, validation_fraction=fraction)
+    train, validation = (texts_of(manifest, split, bpe) for split in ("train", "validation"))
+    if len(train) == len(documents):
+        assert [a + b for a, b in zip(train, validation, strict=True)] == documents
+        expected = [min(max(1, int(len(text) * (1 - fraction))), len(text) - 1) for text in documents]
+        assert [len(text) for text in train] == expected
+        assert "the end of each is held out" in capsys.readouterr().out
+    else:  # whole documents did come near it
+        assert fraction >= 0.5 and not copies and sorted(train + validation) == sorted(documents)
+
+
+def test_documents_that_are_few_for_their_size_are_noticed_at_once(tmp_path, bpe, monkeypatch):
+    """Forty documents of a megabyte at 1%: more than half of such corpora were refused after all was tokenized."""
+    monkeypatch.setattr(holdout, "LOOKED_AT", 1 << 14)
+    for seed in range(4):
+        documents = make_documents(40, seed, words=400)
+        manifest = prepare(tmp_path / str(seed), documents, bpe, validation_fraction=0.01)
+        assert manifest.splits["train"].documents == manifest.splits["validation"].documents == 40
+    # Of as many that are small, and of an unknown number of them, whole ones are held out.
+    many = prepare(tmp_path / "many", make_documents(2000, words=100), bpe, validation_fraction=0.01)
+    assert 8 <= many.splits["validation"].documents < 40
+
+    class Endless(ListCorpus):
+        def num_bytes(self):
+            return None
+
+    assert holdout.by_document(Endless(documents), 0.01)
+
+
+def test_a_share_far_from_what_was_asked_for_is_said(tmp_path, bpe, capsys):
+    prepare(tmp_path / "short", ["ab", "cd"] * 10, bpe, validation_split="tail", validation_fraction=0.01)
+    assert "50.0% of the text is held out, more than three times validation_fraction=0.01" in capsys.readouterr().out
+    prepare(tmp_path / "many", DOCUMENTS, bpe)
+    assert "more than" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="no text for the validation split: its 80 documents"):
+        prepare(tmp_path / "shorter", [*"abcdefgh"] * 10, bpe, validation_split="tail")
+    assert not (tmp_path / "shorter/shards").exists()
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, "uint16"), (65_537, "uint32")])
@@ -351,8 +375,8 @@ PREPARE = """
     directory, mode = Path(sys.argv[1]), sys.argv[2]
 
     class Watched(ListCorpus):
-        def documents(self, skip=0):
-            for index, document in enumerate(super().documents(skip)):
+        def in_pieces(self, skip=0):
+            for index, document in enumerate(super().in_pieces(skip)):
                 if mode == "kill" and (directory / "train_00001.bin").exists():
                     os.kill(os.getpid(), signal.SIGKILL)
                 if mode == "slow" and index % 100 == 0:
@@ -392,8 +416,8 @@ def test_killed_and_restarted_ends_with_the_same_bytes(tmp_path, bpe, monkeypatc
         with partial.open("ab") as file:
             file.write(b"torn")
     finished = (folder / "train_00000.bin").stat()
-    skipped, documents = [], ListCorpus.documents
-    monkeypatch.setattr(ListCorpus, "documents", lambda self, skip=0: skipped.append(skip) or documents(self, skip))
+    skipped, documents = [], ListCorpus.in_pieces
+    monkeypatch.setattr(ListCorpus, "in_pieces", lambda self, skip=0: skipped.append(skip) or documents(self, skip))
     again = prepare(tmp_path, DOCUMENTS, bpe)
     assert max(skipped) > 50  # it went on, and did not start again
     assert (folder / "train_00000.bin").stat().st_ino == finished.st_ino
@@ -454,7 +478,7 @@ def test_two_processes_make_one_dataset(tmp_path, bpe):
 
 def test_finished_shards_are_returned_untouched(tmp_path, bpe, monkeypatch):
     first = prepare(tmp_path, DOCUMENTS, bpe)
-    monkeypatch.setattr(ListCorpus, "documents", lambda *_: pytest.fail("read the corpus again"))
+    monkeypatch.setattr(ListCorpus, "in_pieces", lambda *_: pytest.fail("read the corpus again"))
     assert prepare(tmp_path, DOCUMENTS, bpe) == first
 
 
@@ -480,8 +504,8 @@ def stop_after(count):
     """A corpus that fails after some documents, as a dropped connection would."""
 
     class Failing(ListCorpus):
-        def documents(self, skip=0):
-            for index, document in enumerate(super().documents(skip), skip):
+        def in_pieces(self, skip=0):
+            for index, document in enumerate(super().in_pieces(skip), skip):
                 if index == count:
                     raise ConnectionError("dropped")
                 yield document
@@ -560,10 +584,48 @@ def test_a_missing_or_truncated_shard_is_an_error(tmp_path, bpe):
 def test_a_folder_of_something_else_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no shards"):
         load_manifest(tmp_path)
-    for text in ("{", "[]", "{}", '{"splits": {}}'):
-        (tmp_path / "manifest.json").write_text(text)
+    for text in (b"{", b"[]", b"{}", b'{"splits": {}}', b"\xff\xfe", b"[" * 100_000):
+        (tmp_path / "manifest.json").write_bytes(text)
         with pytest.raises(UserError, match="not a manifest"):
             load_manifest(tmp_path)
+
+
+def leaves(value, path=()):
+    """The paths of everything in a JSON value, the inner nodes included."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield from leaves(item, (*path, key))
+
+
+@pytest.mark.parametrize("odd", [None, -1, 10**30, 1.5, "x", "../x", [], {}, True])
+def test_a_damaged_manifest_is_one_line(tmp_path, bpe, odd):
+    """Any value in it, replaced by another: it is refused, or changes nothing that is read."""
+    manifest = prepare(tmp_path, DOCUMENTS[:60], bpe, shard_tokens=3000)
+    fields = json.loads((manifest.directory / "manifest.json").read_text())
+    refused = 0
+    for path in list(leaves(fields))[1:]:
+        damaged = json.loads(json.dumps(fields))
+        place = functools.reduce(operator.getitem, path[:-1], damaged)
+        place[path[-1]] = odd
+        (manifest.directory / "manifest.json").write_text(json.dumps(damaged))
+        try:
+            found = load_manifest(manifest.directory, bpe)
+        except UserError as error:
+            assert "\n" not in str(error) and str(manifest.directory) in str(error)
+            refused += 1
+        else:
+            for split in ("train", "validation"):
+                assert len(TokenWindows(found, split, 8)) == len(TokenWindows(manifest, split, 8))
+    assert refused > 20
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"settings": 1}', b'{"settings": {}}'])
+def test_a_damaged_journal_is_one_line(tmp_path, bpe, content):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/journal.json").write_bytes(content)
+    with pytest.raises(UserError, match="journal.json is damaged"):
+        prepare(tmp_path, DOCUMENTS, bpe)
 
 
 @pytest.mark.parametrize(

@@ -291,3 +291,16 @@ def test_pieces_of_a_document_have_the_ids_of_the_whole(kind, request):
 def test_training_on_the_embedded_corpus_reads_all_of_it():
     characters = set().union(*open_corpus().documents())
     assert len(train_character_tokenizer(open_corpus().documents())) == len(characters) + 2
+
+
+def test_published_files_alone_are_a_tokenizer(tmp_path):
+    """A folder with vocab.json and merges.txt, as GPT-2's were published, and nothing that says what they are."""
+    bpe = train_bpe_tokenizer(["hello world, hello words " * 20], 280)
+    bpe.backend_tokenizer.model.save(str(tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["merges.txt", "vocab.json"]
+    loaded = load_tokenizer(str(tmp_path))
+    text = "hello worlds\n\t1234 é"
+    assert loaded(text)["input_ids"] == bpe(text)["input_ids"] and loaded.eos_token_id == bpe.eos_token_id
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    with pytest.raises(UserError, match="this folder holds no tokenizer"):
+        load_tokenizer(str(tmp_path))

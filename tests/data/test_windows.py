@@ -122,6 +122,56 @@ def test_a_dataloader_gives_the_windows_in_batches(tmp_path, num_workers):
             torch.testing.assert_close(tensor, one_by_one[name], rtol=0, atol=0)
 
 
+def test_an_id_beyond_the_vocabulary_is_said_and_not_looked_up(tmp_path):
+    manifest = make_manifest(tmp_path, [60], [60])
+    windows = TokenWindows(manifest, "train", 8)
+    ids = np.fromfile(tmp_path / "train_00000.bin", "<u2")
+    ids[20] = manifest.vocab_size
+    ids.tofile(tmp_path / "train_00000.bin")
+    windows[0]
+    with pytest.raises(UserError, match="token id 60000 in windows .2., and the vocabulary has 60,000: .* damaged"):
+        windows[2]
+
+
+# ----------------------------------------------------------------------------- tokens in memory
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_windows_of_tokens_in_memory_are_those_of_shards(data, kind):
+    manifest, tokenizer = data
+    ids = {
+        split: np.concatenate([np.fromfile(manifest.directory / s.name, "<u2") for s in manifest.splits[split].shards])
+        for split in ("train", "validation")
+    }
+    in_memory = TokenWindows.from_tokens(*(kind(part.tolist()) for part in ids.values()), tokenizer, 16)
+    for split, windows in zip(ids, in_memory, strict=True):
+        expected = TokenWindows(manifest, split, 16)
+        assert len(windows) == len(expected) and windows.num_bytes == expected.num_bytes
+        assert windows.manifest.splits[split].documents == manifest.splits[split].documents
+        again = pickle.loads(pickle.dumps(windows))  # as a DataLoader's worker gets it
+        for index in range(len(expected)):
+            for name, tensor in expected[index].items():
+                assert torch.equal(windows[index][name], tensor) and torch.equal(again[index][name], tensor)
+    other = TokenWindows.from_tokens(ids["train"][::-1], ids["validation"], tokenizer, 16)[0]
+    assert other.manifest.fingerprint != in_memory[0].manifest.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ([1, 2, 300], "train_ids: ids from 1 to 300, and the tokenizer has 300"),
+        ([-1, 2, 3], "train_ids: ids from -1"),
+        ([1.0, 2.0], "train_ids: an array of float64"),
+        ([[1, 2], [3, 4]], "with 2 dimensions: give one series"),
+        ([], "train_ids: an array of float64"),
+        ([1, 2, 3], "the train split has 3 tokens, one window of block_size 16 takes 17"),
+    ],
+)
+def test_tokens_that_make_no_windows(data, train, message):
+    with pytest.raises(UserError, match=message):
+        TokenWindows.from_tokens(train, [1, 2, 3], data[1], 16)
+
+
 # ----------------------------------------------------------------------------- the order
 
 

@@ -1,0 +1,188 @@
+"""Reading files of text: piece by piece, or row by row from JSON and Parquet."""
+
+import codecs
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from fsspec.compression import compr
+from fsspec.utils import infer_compression
+
+from llmkit.data.files import file_size, open_file, reading, table_kind
+from llmkit.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+_MIB = 1 << 20
+_BLOCK = 1 << 18
+# Up to the last word in a block that white space follows: see `split_document`.
+_WHOLE_WORDS = re.compile(r"(?s:.*)\S(?=[ \n])")
+_ROWS_WITHOUT_COLUMN = 1000  # of JSON, where a row may lack any key, before the column is taken for a mistake
+
+
+class TextFile:
+    """A text file as one document: its pieces, read anew each time it is gone through.
+
+    A piece has about 256 K characters, more only where a text has no white space. A byte order mark is not text.
+    """
+
+    def __init__(self, file: str):
+        self.file = file
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file holds just the bytes of its text."""
+        return infer_compression(self.file) is None
+
+    def __iter__(self) -> Iterator[str]:
+        """Raises UserError at bytes that are no UTF-8, and for a file without any text."""
+        rest: list[str] = []  # stretches without a place to cut
+        for text in self._blocks():
+            if words := _WHOLE_WORDS.match(text):
+                yield "".join([*rest, words.group()])
+                rest = []
+            rest.append(text[words.end() :] if words else text)
+        if not (last := "".join(rest)):
+            raise UserError(f"{self.file}: the file is empty: leave it out")
+        yield last
+
+    def _blocks(self) -> Iterator[str]:
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        with reading(self.file), open_file(self.file) as file:
+            position = 0
+            while True:
+                block = file.read(_BLOCK)
+                begun = len(decoder.getstate()[0])  # bytes of a character that lies across two blocks
+                try:
+                    text = decoder.decode(block, final=not block)
+                except UnicodeDecodeError as error:
+                    offset = position - begun + error.start
+                    raise UserError(
+                        f"{self.file}: not UTF-8 text (byte offset {offset}): convert it to UTF-8 or leave it out"
+                    ) from error
+                if text:
+                    yield text.removeprefix("\ufeff") if position == 0 else text
+                if not block:
+                    return
+                position += len(block)
+
+
+def read_table(file: str, text_column: str) -> Iterator[str]:
+    """The texts in one column of a JSON, JSONL or Parquet file, without the empty ones.
+
+    Raises:
+        UserError: a damaged file, no such column, a value that is not text.
+    """
+    return (_read_json if table_kind(file) == "json" else _read_parquet)(file, text_column)
+
+
+def _read_parquet(file: str, text_column: str) -> Iterator[str]:
+    import pyarrow.parquet as pq
+
+    with reading(file), open_file(file) as opened:
+        table = pq.ParquetFile(opened)
+        _check_column(table.schema_arrow, text_column, file)
+        yield from rows_of_arrow(table.iter_batches(batch_size=1000, columns=[text_column]), text_column, file)
+
+
+def rows_of_arrow(batches: Iterable, text_column: str, source: str) -> Iterator[str]:
+    """The texts in one column of Arrow's batches, without the empty ones.
+
+    Raises:
+        UserError: no such column, a column that is not text, a batch that cannot be read.
+    """
+    with reading(source):
+        for batch in batches:
+            _check_column(batch.schema, text_column, source)
+            yield from filter(None, batch.column(text_column).to_pylist())
+
+
+def _check_column(schema: "pyarrow.Schema", text_column: str, source: str) -> None:
+    from pyarrow import types
+
+    if text_column not in schema.names:
+        raise _no_column(source, text_column, schema.names)
+    kind = schema.field(text_column).type
+    stored = kind.value_type if types.is_dictionary(kind) else kind
+    # Rows without any text have a column of type null, which is no mistake.
+    if not any(
+        is_text(stored) for is_text in (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    ):
+        raise UserError(
+            f"{source}: column {text_column!r} holds {kind}, not text: set text_column to one of: "
+            f"{', '.join(schema.names)}"
+        )
+
+
+def _no_column(source: str, text_column: str, names: Iterable[str]) -> UserError:
+    return UserError(f"{source}: no column {text_column!r}: set text_column to one of: {', '.join(names)}")
+
+
+def _read_json(file: str, text_column: str) -> Iterator[str]:
+    """One object a line, or an array of objects."""
+    number, columns = 0, {}
+    with reading(file), open_file(file) as opened:
+        for number, row in _json_rows(opened, file):
+            if not isinstance(row, dict):
+                raise UserError(f"{file}: row {number} is not an object such as {{{text_column!r}: 'some text'}}")
+            text = row.get(text_column)
+            if text_column not in columns:
+                columns |= dict.fromkeys(row)
+                if number == _ROWS_WITHOUT_COLUMN and text_column not in columns:
+                    break
+            if text is not None and not isinstance(text, str):
+                raise UserError(
+                    f"{file}: row {number}: {text_column!r} holds {json.dumps(text)[:40]}, not text: mend the row, or "
+                    f"set text_column to one of: {', '.join(columns)}"
+                )
+            if text:
+                text.encode()  # half of a surrogate pair, as "\ud800", is no text
+                yield text
+    if number and text_column not in columns:
+        raise _no_column(file, text_column, columns)
+
+
+def _json_rows(opened, file: str) -> Iterator[tuple[int, object]]:
+    lines = (line for line in opened if not line.isspace())
+    first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
+    if first.lstrip().startswith(b"["):
+        rows = json.loads(first + opened.read())
+        yield from enumerate(rows, 1)
+        return
+    for number, line in enumerate(itertools.chain([first] if first else [], lines), 1):
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file}: cannot be read: row {number} is not JSON: {error}") from error
+
+
+def table_text_bytes(file: str, text_column: str) -> int:
+    """UTF-8 bytes of text in a local file that is a table or compressed, estimated without reading all of it."""
+    if table_kind(file) == "parquet":
+        import pyarrow.parquet as pq
+
+        with reading(file):
+            metadata = pq.read_metadata(file)
+        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
+    # From the start: how far the file is compressed, and how much of its lines is text.
+    with reading(file), open(file, "rb") as raw, compr[infer_compression(file)](raw, mode="rb") as content:
+        sample = content.read(_MIB)
+        unpacked = len(sample)
+        while raw.tell() < _MIB and (more := content.read(_MIB)):
+            unpacked += len(more)
+        size = file_size(file) * unpacked // max(1, raw.tell())
+    if table_kind(file) is None:
+        return size
+    lines = sample.splitlines(keepends=True)
+    if len(sample) == _MIB:
+        lines.pop()  # it may be cut
+    try:
+        text = sum(len((json.loads(line)[text_column] or "").encode()) for line in lines if line.strip())
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return size  # not one object a line: an upper bound
+    return size * text // max(1, sum(map(len, lines)))
