@@ -11,6 +11,9 @@ from transformers import HfArgumentParser
 
 from llmkit.errors import UserError
 
+# Fields of TrainingArguments that hold a secret: `ps` shows command lines, and wandb and the run's log keep them.
+SECRETS = ("hub_token",)
+
 
 class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML takes the last of two equal keys without a word; this says so."""
@@ -61,6 +64,12 @@ class RecipeParser(HfArgumentParser):
         option.error = self.error
         config = option.parse_known_args(argv)[0].config
         from_file = self._check_file(config)
+        for name in SECRETS:
+            if name in from_file or _stands_in(name, argv):
+                raise UserError(
+                    f"{name} is not taken from a recipe or a command line, where others could read it: log in once "
+                    "with `hf auth login`, or set the environment variable HF_TOKEN"
+                )
         replaced = [key for name in self.replaces if _stands_in(name, argv) for key in self.replaces[name]]
         file_argv = [text for key, value in from_file.items() if key not in replaced for text in _as_argv(key, value)]
         # The file alone, so that what is wrong in it is said of it; then the command line after it, which so wins.

@@ -8,7 +8,9 @@ def add_commands(nouns) -> None:
     push = nouns.add_parser("push", help="share a checkpoint on the Hub, with a model card", allow_abbrev=False)
     push.add_argument("checkpoint", help="the folder of a run, of one of its checkpoints, or of any saved model")
     push.add_argument("repository", help="its name on the Hub, such as me/model; made if it is not there")
-    push.add_argument("--private", action="store_true", default=None, help="make it private, if it is made")
+    push.add_argument(
+        "--public", action="store_true", help="let everybody see a repository that is made (default: private)"
+    )
     push.add_argument("--revision", help="the branch to push to, made if it is not there (default: main)")
     push.add_argument("--license", help="for the card, as the Hub names it, such as apache-2.0")
     push.add_argument("--base", help="the base model's name on the Hub, if the adapter was trained on a local folder")
@@ -22,7 +24,7 @@ def _push(args: argparse.Namespace) -> None:
     from llmkit.sharing.hub import Repository, patiently, push
 
     disable_progress_bar()
-    repository = Repository(args.repository, args.private, args.revision, license=args.license, base=args.base)
+    repository = Repository(args.repository, not args.public, args.revision, license=args.license, base=args.base)
     message = "Upload with llmkit"
     url = patiently(lambda: push(args.checkpoint, repository, message, keep_card=args.keep_card))
     print(f"pushed {args.checkpoint} to {url}")

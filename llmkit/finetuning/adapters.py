@@ -90,6 +90,7 @@ def quantization_config(dtype: torch.dtype) -> BitsAndBytesConfig:
 def load_base_config(args: AdapterArguments) -> PreTrainedConfig:
     """The base's configuration, before its weights are read.
 
+    Makes a folder's path absolute, for elsewhere a relative one may be a name on the Hub, and the adapter keeps it.
     Pins `args.model_revision` of a base on the Hub to the commit that it stands for now: what is loaded after this is
     that commit, and the adapter names it.
 
@@ -99,7 +100,9 @@ def load_base_config(args: AdapterArguments) -> PreTrainedConfig:
     if (Path(args.model) / "adapter_config.json").exists():
         raise UserError(f"model={args.model} is an adapter: merge it first with `llmkit merge`, or give its base")
     try:
-        if not Path(args.model).is_dir():
+        if Path(args.model).is_dir():
+            args.model = os.path.abspath(args.model)
+        else:
             file = cached_file(args.model, "config.json", revision=args.model_revision)
             args.model_revision = extract_commit_hash(file, None)
         return AutoConfig.from_pretrained(args.model, revision=args.model_revision, trust_remote_code=False)

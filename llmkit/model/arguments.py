@@ -1,5 +1,6 @@
 """The model that a recipe describes: its shape, or the checkpoint it starts from."""
 
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,11 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "sdpa, eager, flex_attention or, where installed, flash_attention_2."}
     )
+
+    def __post_init__(self):
+        # A relative path may be a name on the Hub for whoever reads the run's record elsewhere.
+        if self.init_from is not None and os.path.isdir(self.init_from):
+            self.init_from = os.path.abspath(self.init_from)
 
     def config(self) -> GPT2Config:
         """The model's configuration, but for the vocabulary: see `GPT2Config.for_tokenizer`.

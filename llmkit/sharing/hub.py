@@ -5,6 +5,7 @@ a card and, without hf_xet, the commit, and it waits for ever for a server that 
 limit on each answer and makes a whole push again after some time: what is on the Hub by then is not sent again.
 """
 
+import glob
 import json
 import os
 import shlex
@@ -14,15 +15,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from threading import Thread
 from typing import TypeVar
 
-from huggingface_hub import HfApi, constants, get_token, set_client_factory
+from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
-from huggingface_hub.utils._http import default_client_factory
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
@@ -46,7 +47,7 @@ class Repository:
 
     Attributes:
         repo_id: `namespace/name`, or a name in the token's own namespace.
-        private: of a repository that is made; None is the namespace's default, one that is there stays as it is.
+        private: whether a repository that is made is private; one that is there stays as it is.
         revision: the branch, made if it is not there.
         token: instead of the one that is logged in.
         license: for the model card, as the Hub names it (`apache-2.0`).
@@ -54,7 +55,7 @@ class Repository:
     """
 
     repo_id: str
-    private: bool | None = None
+    private: bool = True
     revision: str | None = None
     token: str | None = field(default=None, repr=False)
     license: str | None = None
@@ -81,7 +82,7 @@ class Repository:
         """Make the repository, and its branch, where they are not there yet, and check that they may be written to.
 
         Returns:
-            This with its namespace.
+            This with its namespace, and whether it is private.
 
         Raises:
             UserError: it cannot be made or written to. HubUnavailable: the Hub does not answer.
@@ -93,24 +94,28 @@ class Repository:
             api.auth_check(repo_id, write=True)
             if self.revision:
                 api.create_branch(repo_id, branch=self.revision, exist_ok=True)
-        return replace(self, repo_id=repo_id)
+            private = bool(api.model_info(repo_id).private)
+        return replace(self, repo_id=repo_id, private=private)
 
     def upload(self, folder: Path, message: str) -> str:
         """Commit all files of the folder; weights of an earlier push that this one does not replace are deleted.
 
         Returns:
-            The repository's address.
+            The repository's address, and whether it is private or public.
         """
         with _explained(self):
-            commit = self._api().upload_folder(
+            api = self._api()
+            # A pattern of the Hub's matches in folders as well, and what is there is somebody else's: names instead.
+            names = [name for name in api.list_repo_files(self.repo_id, revision=self.revision) if "/" not in name]
+            old = [name for name in names if any(fnmatchcase(name, pattern) for pattern in (*WEIGHTS, *CONFIGS))]
+            commit = api.upload_folder(
                 repo_id=self.repo_id,
                 folder_path=folder,
                 revision=self.revision,
                 commit_message=message,
-                # Patterns without folders: whatever else is in the repository is somebody's.
-                delete_patterns=[*WEIGHTS, *CONFIGS],
+                delete_patterns=list(map(glob.escape, old)),
             )
-        return str(commit.repo_url)
+        return f"{commit.repo_url} ({'private' if self.private else 'public'})"
 
     def has(self, repo_id: str, repo_type: str = "model") -> bool:
         """Whether the Hub has such a model, or dataset, for this token."""
@@ -130,22 +135,21 @@ class Repository:
     def command(self, checkpoint: str | Path) -> str:
         """The command line that pushes there; without the token, which is a secret."""
         given = {"revision": self.revision, "license": self.license, "base": self.base}
-        flags = ["--private"] if self.private else []
+        flags = [] if self.private else ["--public"]
         flags += [part for name, value in given.items() if value for part in (f"--{name}", value)]
         return shlex.join(["llmkit", "push", str(checkpoint), self.repo_id, *flags])
 
 
 @cache
 def _set_up_client() -> None:
-    set_client_factory(_client_with_time_limit)
+    default = get_session()
+
+    def client():  # like huggingface_hub's own, which has no time limit
+        return type(default)(event_hooks=default.event_hooks, follow_redirects=True, timeout=TIMEOUT)
+
+    set_client_factory(client)
     if "HF_HUB_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()  # it would tell of each request that is tried again
-
-
-def _client_with_time_limit():
-    client = default_client_factory()
-    client.timeout = TIMEOUT
-    return client
 
 
 @contextmanager
@@ -212,7 +216,7 @@ def push(
         keep_card: leave the card that is on the Hub as it is.
 
     Returns:
-        The repository's address.
+        The repository's address, and whether it is private or public.
 
     Raises:
         UserError: it cannot be pushed as it is, or not there. HubUnavailable: the Hub does not answer.
@@ -271,21 +275,19 @@ def check_push(args: TrainingArguments, base: str | None = None) -> None:
 
 def _repository(args: TrainingArguments) -> Repository:
     name = args.hub_model_id or Path(args.output_dir).absolute().name  # as Trainer has it
-    return Repository(name, args.hub_private_repo, args.hub_revision, args.hub_token)
+    return Repository(name, args.hub_private_repo is not False, args.hub_revision, args.hub_token)
 
 
 class RunPusher:
     """Pushes a run's checkpoints: those of its course in the background, the last one with patience.
 
     Args:
-        args: of the run, checked by `check_push`. Their token moves to this object: Trainer pickles its arguments
-            beside each checkpoint.
+        args: of the run, checked by `check_push`.
     """
 
     def __init__(self, args: TrainingArguments):
         self.repository = _repository(args)
         self.folder = args.output_dir
-        args.hub_token = None
         self.under_way: Thread | None = None
 
     def push_soon(self, checkpoint: str, step: int) -> None:

@@ -90,6 +90,12 @@ def base_on_hub(folder: Path, given: str | None, run: Run | None, is_on_hub: Cal
     adapter = _read(config) if config.exists() else None
     started_from = adapter["base_model_name_or_path"] if adapter else run and run.record["source"].get("init_from")
     base = given or started_from
+    # `me/base` may be a folder beside the one that training was started in: only a commit shows that it is not.
+    if adapter and not given and not adapter.get("revision") and not Path(base).is_absolute():
+        raise UserError(
+            f"the adapter's base {base} may be a folder or a name on the Hub, for its configuration has no commit of "
+            f"it: say which model on the Hub it is, such as --base {base}"
+        )
     found = base is not None and not Path(base).is_dir() and is_on_hub(base)
     if given and not found:
         raise UserError(f"--base {base} is not a model on the Hub: push it first (`llmkit push FOLDER {base}`)")

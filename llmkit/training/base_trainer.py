@@ -30,6 +30,7 @@ class ExactTrainer(Trainer):
         self.evaluated_step = -1
         self.eval_sums: list[torch.Tensor] = []
         self.pusher = RunPusher(self.args) if self.args.push_to_hub else None
+        self.args.hub_token = None  # Trainer pickles its arguments beside each checkpoint
         self.add_callback(StopOnSignal(self.accelerator))
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)

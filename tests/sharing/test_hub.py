@@ -1,5 +1,6 @@
 """Both recipes and `llmkit push` against a Hub on this machine, through huggingface_hub's own client."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,7 +16,7 @@ from huggingface_hub import close_session, constants
 from hub_server import DROP, READER, SILENT, WRITER, Failure, Hub, running_hub
 from llmkit.cli import main as llmkit
 from llmkit.finetuning.adapters import QUANTIZATION_CONFIG
-from small_run import accelerate_launch
+from small_run import accelerate_launch, trainer
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "64", "--vocab_size", "300"]
@@ -80,7 +81,8 @@ def pretrained(hub, texts, tmp_path_factory) -> Path:
     """A run that found the Hub down when it began."""
     run = tmp_path_factory.mktemp("runs") / "pretrained"
     hub.failures.append(down := Failure("POST", "/repos/create", 503, times=1))
-    recipe("pretrain", *pretraining(texts, run), "--push_to_hub", "true", "--hub_token", WRITER)
+    recipe("pretrain", *pretraining(texts, run), "--push_to_hub", "true", "--hub_private_repo", "false")
+    assert not hub.repos["me/pretrained"].private
     assert not down.times
     return run
 
@@ -101,8 +103,6 @@ def adapter(hub, pretrained, texts) -> Path:
         "true",
         "--hub_strategy",
         "end",
-        "--hub_private_repo",
-        "true",
     ]
     recipe("sft_qlora", "--config", ROOT / "recipes" / "sft_qlora_quickstart.yaml", *arguments)
     return run
@@ -180,6 +180,23 @@ def test_nothing_private_is_pushed(hub, pretrained, adapter, texts):
         assert path.is_dir() or WRITER.encode() not in path.read_bytes(), path
 
 
+def test_secrets_are_refused_in_recipes_and_new_ones_are_noticed(tmp_path, capsys):
+    from llmkit.finetuning.sft_trainer import SFTArguments
+    from llmkit.recipe_parser import SECRETS
+    from llmkit.training.arguments import PretrainArguments
+
+    fields = {field.name for part in (PretrainArguments, SFTArguments) for field in dataclasses.fields(part)}
+    tokens_of_text = {"eos_token", "pad_token"}
+    assert {
+        name for name in fields if name.endswith(("_token", "_key", "secret", "password"))
+    } - tokens_of_text == set(SECRETS)
+    (tmp_path / "pretrain_mine.yaml").write_text(f"hub_token: {WRITER}\n")
+    with pytest.raises(SystemExit):
+        recipe("pretrain", "--config", tmp_path / "pretrain_mine.yaml")
+    error = capsys.readouterr().err
+    assert "hub_token is not taken from" in error and "HF_TOKEN" in error and WRITER not in error
+
+
 FRESH = """
 import sys
 sys.modules["llmkit"] = None  # importing it raises
@@ -231,20 +248,20 @@ def failed(capsys, *arguments: object) -> str:
 
 def test_a_checkpoint_of_the_run_s_course_and_a_branch(hub, pretrained, capsys):
     """Its card tells what was known then; another push to the same name replaces the weights and leaves the rest."""
-    llmkit(
-        ["push", str(pretrained / "checkpoint-4"), "course", "--revision", "early", "--license", "mit", "--private"]
-    )
-    assert f"pushed {pretrained / 'checkpoint-4'} to {hub.address}/me/course" in capsys.readouterr().out
+    llmkit(["push", str(pretrained / "checkpoint-4"), "course", "--revision", "early", "--license", "mit"])
+    assert f"pushed {pretrained / 'checkpoint-4'} to {hub.address}/me/course (private)" in capsys.readouterr().out
     assert hub.repos["me/course"].private and list(pushed(hub, "me/course")) == [".gitattributes"]
     files = pushed(hub, "me/course", "early")
     assert files["model.safetensors"] == (pretrained / "checkpoint-4" / "model.safetensors").read_bytes()
     card = files["README.md"].decode()
     assert "| At step | 4 |" in card and "50% of the planned training" in card and "license: mit" in card
-    hub.repos["me/course"].commit("early", files | {"model-00001-of-00002.safetensors": b"", "notes.txt": b"mine"}, "")
+    theirs = ("notes.txt", "model-gguf/notes.safetensors", "model/model.safetensors", "sub/config.json")
+    added = {"model-00001-of-00002.safetensors": b""} | dict.fromkeys(theirs, b"mine")
+    hub.repos["me/course"].commit("early", files | added, "")
     llmkit(["push", str(pretrained), "me/course", "--revision", "early", "--keep_card"])
     again = pushed(hub, "me/course", "early")
     assert again["model.safetensors"] == (pretrained / "model.safetensors").read_bytes()
-    assert again["README.md"] == files["README.md"] and again["notes.txt"] == b"mine"
+    assert again["README.md"] == files["README.md"] and all(again[name] == b"mine" for name in theirs)
     assert "model-00001-of-00002.safetensors" not in again
 
 
@@ -254,6 +271,10 @@ def test_an_adapter_on_a_local_base(hub, pretrained, adapter, tmp_path, capsys):
     config = json.loads((local / "adapter_config.json").read_text())
     (local / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(pretrained)}))
     assert "--base me/base" in failed(capsys, local, "me/local")
+    change = {"base_model_name_or_path": "me/pretrained", "revision": None}  # a folder `me/pretrained`, or the model
+    (local / "adapter_config.json").write_text(json.dumps(config | change))
+    assert "such as --base me/pretrained" in failed(capsys, local, "me/local")
+    (local / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(pretrained)}))
     assert "--base me/none is not a model on the Hub" in failed(capsys, local, "me/local", "--base", "me/none")
     assert "me/local" not in hub.repos
     llmkit(["push", str(local), "me/local", "--base", "me/pretrained"])
@@ -353,8 +374,8 @@ def test_what_nobody_could_load_is_not_pushed(hub, plain, tmp_path, capsys, dama
     [
         (["--hub_model_id", "not/a/name"], "not/a/name cannot be a repository"),
         (["--hub_model_id", "others/model"], "may not write to others/model (403)"),
-        (["--hub_token", READER, "--hub_model_id", "me/pretrained"], "may not write to me/pretrained (403)"),
-        (["--hub_token", "hf_nobody"], "does not accept the token (401)"),
+        ([f"--hub_token={READER}"], "hub_token is not taken from a recipe or a command line"),
+        (["--hub-token", READER], "hub_token is not taken from a recipe or a command line"),
         (["--hub_strategy", "checkpoint"], "take hub_strategy end or every_save"),
         (["no token"], "no token to push to me/never with"),
         (["offline"], "HF_HUB_OFFLINE"),
@@ -367,7 +388,7 @@ def test_what_could_not_be_pushed_is_not_trained(
         monkeypatch.delenv("HF_TOKEN")
     if arguments == ["offline"]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    given = [] if len(arguments) == 1 else arguments
+    given = arguments if arguments[0].startswith("--") else []
     with pytest.raises(SystemExit) as ended:
         run = tmp_path / "run"
         recipe("pretrain", *pretraining(texts, run), "--push_to_hub", "true", "--hub_model_id", "me/never", *given)
@@ -382,7 +403,7 @@ def test_two_ranks_end_with_their_result_where_the_hub_fails(hub, texts, pretrai
     hub.failures.append(Failure("POST", "/commit", 403))
     arguments = [*pretraining(texts, tmp_path / "run"), "--total_batch_tokens", "1024", "--push_to_hub", "true"]
     done = subprocess.run(
-        [*accelerate_launch("multi_cpu"), "recipes/pretrain.py", *map(str, arguments), "--hub_private_repo", "true"],
+        [*accelerate_launch("multi_cpu"), "recipes/pretrain.py", *map(str, arguments), "--hub_private_repo", "false"],
         cwd=ROOT,
         env=environment(hub, tmp_path / "home"),
         capture_output=True,
@@ -393,8 +414,22 @@ def test_two_ranks_end_with_their_result_where_the_hub_fails(hub, texts, pretrai
     assert "step 4 was not pushed, training goes on: the token may not write to me/run (403)" in done.stdout
     assert f"saved {tmp_path / 'run'}" in done.stdout
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and lines[0].endswith(f": llmkit push {tmp_path / 'run'} me/run --private")
+    assert len(lines) == 1 and lines[0].endswith(f": llmkit push {tmp_path / 'run'} me/run --public")
     hub.failures.clear()
     llmkit(lines[0].rpartition("llmkit ")[2].split())
     assert pushed(hub, "me/run")["model.safetensors"] == (tmp_path / "run" / "model.safetensors").read_bytes()
     assert WRITER not in done.stdout + done.stderr
+
+
+def test_a_token_given_in_python_is_not_saved_with_a_run_that_is_not_pushed(data, tmp_path):
+    run = trainer(data, tmp_path / "run", hub_token=WRITER, save_strategy="steps", save_steps=1, max_steps=1)
+    run.train()
+    assert list(tmp_path.rglob("training_args.bin"))
+    assert not any(WRITER.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_importing_the_uploader_does_not_import_a_model():
+    code = "import sys, llmkit.sharing.hub; print([name for name in sys.modules if name in sys.argv[1:]])"
+    heavy = ["llmkit.model.modeling_gpt2", "llmkit.finetuning.adapters", "peft", "bitsandbytes", "trl", "accelerate"]
+    done = subprocess.run([sys.executable, "-c", code, *heavy], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
