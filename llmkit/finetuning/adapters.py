@@ -25,9 +25,6 @@ from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.finetuning.conversations import add_chat_template
 
-# Saved with each adapter: how its base was quantized, without which it can not be merged.
-QUANTIZATION_CONFIG = "quantization_config.json"
-
 
 @dataclass
 class AdapterArguments:

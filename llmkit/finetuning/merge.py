@@ -26,9 +26,10 @@ from transformers.utils import cached_file
 from llmkit.data.sample_data import docstring_conversations
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
-from llmkit.finetuning.adapters import QUANTIZATION_CONFIG, keep_training_layout
+from llmkit.finetuning.adapters import keep_training_layout
 from llmkit.finetuning.conversations import encode
 from llmkit.finetuning.turns import split_guanaco
+from llmkit.runs.run import QUANTIZATION_CONFIG
 
 # The gate. Rounding the merged weights to bfloat16 moved a token's distribution by about 1e-4 nats where it was
 # measured, and a wrong merge (a transposed or doubled update) by more than 0.1.

@@ -15,9 +15,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from llmkit.errors import UserError
-from llmkit.finetuning.adapters import QUANTIZATION_CONFIG
 from llmkit.model.loss import IGNORE_INDEX, is_plain_head, linear_cross_entropy
 from llmkit.runs.record import JsonlLog, run_record
+from llmkit.runs.run import QUANTIZATION_CONFIG
 from llmkit.training.arguments import choose_precision, set_up_reporting, use_one_gpu
 from llmkit.training.base_trainer import ExactTrainer
 from llmkit.training.callbacks import Samples, Throughput

@@ -9,6 +9,8 @@ from pathlib import Path
 from llmkit.errors import UserError
 
 LOG = "log.jsonl"
+# Saved with each adapter: how its base was quantized, without which it can not be merged.
+QUANTIZATION_CONFIG = "quantization_config.json"
 PRETRAINING, FINE_TUNING = "pretraining", "fine-tuning"
 # What a run's record has at least. A part that a damaged log lacks, or has as another type, reads as it stands here.
 LEAST_RECORD = {

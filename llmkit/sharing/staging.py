@@ -12,8 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from llmkit.errors import UserError
-from llmkit.finetuning.adapters import QUANTIZATION_CONFIG
-from llmkit.runs.run import Run
+from llmkit.runs.run import QUANTIZATION_CONFIG, Run
 
 CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, QUANTIZATION_CONFIG, "tokenizer_config.json")
 LOCAL = ("_name_or_path", "name_or_path", "is_local", "local_files_only")  # where a model or a tokenizer came from

@@ -16,10 +16,11 @@ from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, pipeli
 from llmkit import cli
 from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer
 from llmkit.errors import UserError
-from llmkit.finetuning.adapters import QUANTIZATION_CONFIG, AdapterArguments, load_base_model
+from llmkit.finetuning.adapters import AdapterArguments, load_base_model
 from llmkit.finetuning.conversations import add_chat_template
 from llmkit.inference.chat import Chat
 from llmkit.inference.generation import PieceStreamer, Sampling, continue_prompts, load_for_generation
+from llmkit.runs.run import QUANTIZATION_CONFIG
 
 ROOT = Path(__file__).parents[2]
 TEXT = "def read(path):\n    return open(path).read()\n\n\ndef write(path, text):\n    open(path, 'w').write(text)\n"
