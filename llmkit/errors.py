@@ -16,7 +16,12 @@ class UserError(ValueError):
 
     The message is one line: what was given, what is allowed, what to do. Line breaks, as in a quoted message of
     another library, become spaces.
+
+    Attributes:
+        of_one_rank: every rank that raises it says its own line; else the first local rank speaks for all.
     """
+
+    of_one_rank = False
 
     def __init__(self, message: str):
         super().__init__(" ".join(message.split()))
@@ -45,7 +50,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            _exit(str(error))
+            _exit(str(error), error.of_one_rank)
         except KeyboardInterrupt:
             sys.exit(130)
         except BrokenPipeError:  # `llmkit ... | head`: whoever read has enough
@@ -59,8 +64,8 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-def _exit(message: str) -> NoReturn:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _exit(message: str, of_one_rank: bool = False) -> NoReturn:
+    if of_one_rank or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {shown(message, sys.stderr)}", file=sys.stderr, flush=True)
     sys.exit(2)
 

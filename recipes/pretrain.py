@@ -21,10 +21,12 @@ from llmkit.sharing.hub import check_push
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.checkpoints import checkpoint_to_resume
 from llmkit.training.pretrain_trainer import PretrainTrainer
+from llmkit.training.stopping import listen
 
 
 @exit_on_user_error
 def main():
+    listen()  # to signals: they save and stop
     disable_progress_bar()  # of transformers' file reading and writing; the training has its own
 
     # What to do. Everything that can be refused is refused here, before anything is written.
@@ -54,9 +56,9 @@ def main():
     )
     trainer.accelerator.print(shown(trainer.summary()))
     trainer.train(resume_from_checkpoint=resume_from)
-    if trainer.state.global_step < args.max_steps:
+    if trainer.stopped:
         trainer.write_report()
-        trainer.accelerator.print("stopped by a signal, checkpoint saved: --resume_from_checkpoint latest goes on")
+        trainer.accelerator.print(trainer.stopped)
         return
 
     # A checkpoint and a report in the run's folder itself, and on the Hub with `push_to_hub: true`.

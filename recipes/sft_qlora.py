@@ -28,10 +28,12 @@ from llmkit.finetuning.sft_trainer import ConversationTrainer, SFTArguments
 from llmkit.recipe_parser import RecipeParser
 from llmkit.sharing.hub import check_push
 from llmkit.training.checkpoints import checkpoint_to_resume
+from llmkit.training.stopping import listen
 
 
 @exit_on_user_error
 def main():
+    listen()  # to signals: they save and stop
     disable_progress_bar()  # of transformers and datasets; the training has its own
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
@@ -65,9 +67,9 @@ def main():
     say(dtype_ledger(trainer.model))
 
     trainer.train(resume_from_checkpoint=resume_from)
-    if trainer.state.global_step < trainer.state.max_steps:
+    if trainer.stopped:
         trainer.write_report()
-        say("stopped by a signal, checkpoint saved: --resume_from_checkpoint latest goes on")
+        say(trainer.stopped)
         return
 
     # The adapter and a report in the run's folder itself, and on the Hub with `push_to_hub: true`.

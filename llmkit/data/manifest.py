@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.tokenizer import tokenizer_fingerprint
 from llmkit.errors import UserError
+from llmkit.files import write_json
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -148,13 +149,3 @@ def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | No
                 "use that tokenizer, or prepare shards with this one in another folder"
             )
     return manifest
-
-
-def write_json(path: Path, fields: dict) -> None:
-    """Write a file in one step: it is there whole or not at all, after a power cut too."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(fields, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

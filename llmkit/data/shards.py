@@ -39,11 +39,11 @@ from llmkit.data.manifest import (
     Shard,
     Split,
     load_manifest,
-    write_json,
 )
 from llmkit.data.shard_writer import ShardWriter, partial_files
 from llmkit.data.tokenizer import tokenizer_fingerprint, unknown_token_id
 from llmkit.errors import UserError
+from llmkit.files import write_json
 
 LOCK = ".lock"
 SAMPLE_CHARACTERS = 1 << 20  # read beforehand to estimate how many tokens there will be

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 import llmkit
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
+from llmkit.files import write_whole
 from llmkit.machine import device_name
 from llmkit.runs.run import LOG, read_log
 
@@ -137,13 +138,18 @@ class JsonlLog(TrainerCallback):
         kept = []
         if state.global_step and self.path.exists():
             kept = [record for record in read_log(self.path) if record["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        self.write(state.global_step, {"run": self.run})
+        kept.append(self._stamped(state.global_step, {"run": self.run}))
+        # In one step: with an empty log a killed start would take what the run was with it.
+        write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             self.write(state.global_step, logs)
 
     def write(self, step: int, record: dict) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._stamped(step, record)) + "\n")
+
+    @staticmethod
+    def _stamped(step: int, record: dict) -> dict:
+        return {"step": step, "time": round(time.time(), 3), **record}

@@ -14,11 +14,12 @@ from llmkit.errors import UserError
 from llmkit.machine import bf16_is_fast, set_up_cpu
 from llmkit.training.batch_ramp import Batches
 from llmkit.training.optimizers import OptimizerArguments, is_fully_sharded
+from llmkit.training.reliability_arguments import ReliabilityArguments
 from llmkit.training.schedules import ScheduleArguments
 
 
 @dataclass
-class PretrainArguments(ScheduleArguments, OptimizerArguments, TrainingArguments):
+class PretrainArguments(ScheduleArguments, OptimizerArguments, ReliabilityArguments, TrainingArguments):
     """TrainingArguments with the batch stated in tokens, and with what the machine is good for chosen by itself."""
 
     total_batch_tokens: int = field(

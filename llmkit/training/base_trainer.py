@@ -3,7 +3,8 @@
 import math
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from llmkit.console import say
@@ -12,11 +13,14 @@ from llmkit.evaluation.held_out import loss_metrics
 from llmkit.runs.record import check_resume
 from llmkit.runs.report import write_report
 from llmkit.sharing.hub import RunPusher
-from llmkit.training.callbacks import ProgressLine, StopOnSignal
+from llmkit.training.callbacks import ProgressLine
+from llmkit.training.ranks import RankLost, lost_rank
+from llmkit.training.saving import ResumedState, WholeCheckpoints
 from llmkit.training.schedules import check_schedule, create_schedule
+from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, keep_workers
 
 
-class ExactTrainer(Trainer):
+class ExactTrainer(WholeCheckpoints):
     """A base for Trainer and its subclasses: `class MyTrainer(ExactTrainer, SFTTrainer)`.
 
     `prediction_step` of the subclass appends (nats, targets) of each batch to `self.eval_sums` and returns nothing to
@@ -31,7 +35,9 @@ class ExactTrainer(Trainer):
         self.eval_sums: list[torch.Tensor] = []
         self.pusher = RunPusher(self.args) if self.args.push_to_hub else None
         self.args.hub_token = None  # Trainer pickles its arguments beside each checkpoint
-        self.add_callback(StopOnSignal(self.accelerator))
+        self.add_callback(ResumedState)
+        self.stop_on_request = StopOnRequest()
+        self.add_callback(self.stop_on_request)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)
         # Trainer seeds all ranks alike, and they would drop out the same units.
@@ -42,7 +48,27 @@ class ExactTrainer(Trainer):
         """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
         if resume_from_checkpoint:
             check_resume(resume_from_checkpoint, self.record)
-        return super().train(resume_from_checkpoint, **kwargs)
+        self.take_folder(resume_from_checkpoint, self.record["data"]["fingerprint"])
+        try:
+            return super().train(resume_from_checkpoint, **kwargs)
+        except RuntimeError as error:
+            if (message := lost_rank(error, self.args)) is None:
+                raise
+            raise RankLost(message) from error
+        finally:
+            end_of_training()
+
+    @property
+    def stopped(self) -> str | None:
+        """What a person is told where `train` was asked to stop before its end, else None."""
+        if self.stop_on_request.stopped is None:
+            return None
+        step, saved = self.state.global_step, self.saved_step
+        where = f"stopped ({self.stop_on_request.stopped}) at step {step:,} of {self.state.max_steps:,}"
+        how = "to go on, give the same command with --resume_from_checkpoint latest"
+        if saved == step:
+            return f"{where}, checkpoint saved in {self.args.output_dir}: {how}"
+        return f"{where}, and its checkpoint could not be saved: {how}, from the last one that was"
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """`lr_schedule`'s. It is stepped once a step at any number of ranks, for accelerate does not wrap it."""
@@ -53,6 +79,9 @@ class ExactTrainer(Trainer):
             )
             self._created_lr_scheduler = True  # Trainer's mark: a second `train` makes another
         return self.lr_scheduler
+
+    def get_train_dataloader(self) -> DataLoader:
+        return keep_workers(super().get_train_dataloader())
 
     def schedule_position(self, step: int) -> float:
         """Full batches trained before a step, which is what schedules count."""
@@ -67,7 +96,12 @@ class ExactTrainer(Trainer):
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         other_weights = self.args.load_best_model_at_end and not self.is_in_train
         if self.evaluated_step != self.state.global_step or other_weights:
-            self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+            try:
+                self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+            except EvaluationStopped:
+                self.control.should_save = self.control.should_training_stop = True
+                best = self.args.metric_for_best_model
+                return {f"eval_{best.removeprefix('eval_')}": math.nan} if best else {}
             self.evaluated_step = self.state.global_step
         return self.metrics
 
@@ -106,14 +140,9 @@ class ExactTrainer(Trainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: a card is written of the run's log when it is pushed, not with each checkpoint."""
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, which would also push, while the other ranks wait."""
-        super().save_model(output_dir, _internal_call=True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # Private, and the one place where Trainer pushes mid-run (`hub_strategy: every_save`).
+    def push_checkpoint(self, checkpoint: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            self.pusher.push_soon(checkpoint_folder, self.state.global_step)
+            self.pusher.push_soon(checkpoint, self.state.global_step)
 
     def push_to_hub(self) -> None:
         """Push what `save_model` has saved, if `push_to_hub` is set: the last thing to do, when no other rank waits.

@@ -1,12 +1,11 @@
-"""What a run does beside training: measure its speed, print a progress line, sample, stop on a signal."""
+"""What a run does beside training: measure its speed, print a progress line, sample."""
 
-import signal
 import textwrap
 import time
 from collections.abc import Callable
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -142,36 +141,3 @@ class Samples(TrainerCallback):
             )
         model.train(training)
         return self.tokenizer.decode(output[0], skip_special_tokens=True)
-
-
-class StopOnSignal(TrainerCallback):
-    """SIGTERM (a scheduler's notice, `kill`): saves a checkpoint at the end of a step, and stops.
-
-    The ranks get the signal at different steps, so they agree on one: their flags are summed, every few steps only,
-    since reading the sum waits for the device.
-    """
-
-    EVERY = 5  # torch's launcher kills the ranks 30 s after it has passed the signal on
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.received = False
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGTERM, self._receive)
-
-    def _receive(self, signum, frame):
-        self.received = True
-
-    def on_step_end(self, args, state, control, **kwargs):
-        received = self.received
-        if args.world_size > 1:
-            if state.global_step % self.EVERY:
-                return
-            flag = torch.tensor(int(received), device=args.device)
-            received = self.accelerator.reduce(flag, reduction="sum").item()
-        if received:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGTERM, self.previous)

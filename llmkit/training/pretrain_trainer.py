@@ -22,6 +22,7 @@ from llmkit.training.callbacks import Samples, Throughput
 from llmkit.training.monitoring import HellaSwagInTraining, ParameterMonitor
 from llmkit.training.optimizers import MUON, create_muon, is_fully_sharded
 from llmkit.training.schedules import describe_schedule
+from llmkit.training.stopping import leave_signals_to_the_run
 
 
 class PretrainTrainer(ExactTrainer):
@@ -139,6 +140,7 @@ class PretrainTrainer(ExactTrainer):
             collate_fn=collate_windows,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
+            worker_init_fn=leave_signals_to_the_run,
             **batching,
         )
 

@@ -13,7 +13,6 @@ import torch
 
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
-from llmkit.training.arguments import PretrainArguments
 from llmkit.training.checkpoints import checkpoint_to_resume
 from small_run import BLOCK, losses, trainer, weights
 
@@ -188,30 +187,6 @@ def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
     run = trainer(data, tmp_path, learning_rate=1e30, max_grad_norm=0.0)
     with pytest.raises(UserError, match="the loss is (nan|inf) at step .*: lower learning_rate"):
         run.train()
-
-
-def test_checkpoints_to_resume(data, tmp_path):
-    def args(**arguments) -> PretrainArguments:
-        return PretrainArguments(output_dir=str(tmp_path / "run"), **arguments)
-
-    assert checkpoint_to_resume(args()) is None
-    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) is None
-    trainer(data, tmp_path / "run", save_strategy="steps", save_steps=2).train()
-    (tmp_path / "run" / "checkpoint-best").mkdir()
-    *_, earlier, last = (tmp_path / "run" / f"checkpoint-{step}" for step in (2, 4, 6))
-    assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(last)
-    with pytest.raises(UserError, match="holds the checkpoints of a run.*--resume_from_checkpoint latest"):
-        checkpoint_to_resume(args())
-    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "rng_state.pth"):
-        whole = (last / name).read_bytes()
-        (last / name).write_bytes(whole[: len(whole) // 2])
-        assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(earlier)
-        with pytest.raises(UserError, match=f"checkpoint-6 is not a whole checkpoint: {name} is cut short"):
-            checkpoint_to_resume(args(resume_from_checkpoint=str(last)))
-        (last / name).unlink()
-        assert checkpoint_to_resume(args(resume_from_checkpoint="latest")) == str(earlier)
-        (last / name).write_bytes(whole)
-    assert checkpoint_to_resume(args(resume_from_checkpoint=str(earlier))) == str(earlier)
 
 
 def test_resuming_with_other_settings_is_refused(data, tmp_path):

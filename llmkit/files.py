@@ -1,0 +1,94 @@
+"""Files that are whole or not there: atomic writes, checksums, and the lock that keeps a folder to one process."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import filelock
+import xxhash
+
+from llmkit.errors import UserError
+
+LOCK = ".lock"
+PATIENCE = 30.0  # seconds: a killed launcher's ranks may still be saving
+
+_held: dict[Path, filelock.BaseFileLock] = {}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file in one step: it is there whole or not at all, after a power cut too."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def write_json(path: Path, fields: dict) -> None:
+    """Write a JSON file in one step."""
+    write_whole(path, json.dumps(fields, indent=1).encode())
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def checksum(path: Path) -> str:
+    """The XXH3 hash of a file's contents, 64 bits, as shards have it: several GB/s, so the disk decides."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+
+
+def hold_folder(folder: str | Path) -> None:
+    """Keep a folder to this process until it ends, however it ends.
+
+    Raises:
+        UserError: another process has held it for `PATIENCE` seconds from now.
+    """
+    path = Path(folder).resolve() / LOCK
+    if path in _held:
+        return
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(f"another process is training in {folder}: waiting up to {PATIENCE:.0f} s for it to end", flush=True)
+        try:
+            lock.acquire(timeout=PATIENCE)
+        except filelock.Timeout as error:
+            raise UserError(
+                f"another process is training in {folder}: end it, wait for it, or take another --output_dir"
+            ) from error
+    _held[path] = lock
+
+
+def release_folder(folder: str | Path) -> None:
+    """Let another process have a folder that this one holds."""
+    if lock := _held.pop(Path(folder).resolve() / LOCK, None):
+        lock.release()
+
+
+def is_held(folder: str | Path) -> bool | None:
+    """Whether a living process holds a folder; None where nothing tells."""
+    path = Path(folder).resolve() / LOCK
+    if path in _held:
+        return True
+    if not path.exists():
+        return None
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        return True
+    except OSError:  # a folder that may only be read
+        return None
+    lock.release()
+    return False

@@ -1,0 +1,34 @@
+"""Ranks that start together, and what is said where one is lost."""
+
+import torch.distributed as dist
+from accelerate import PartialState
+from transformers import TrainingArguments
+
+from llmkit.errors import UserError
+
+
+def join_ranks(args: TrainingArguments) -> None:
+    """Start the process group of CPU ranks with `ddp_timeout`, which Trainer leaves out under `use_cpu`."""
+    if args.use_cpu and not dist.is_initialized():
+        PartialState._reset_state()  # private: TrainingArguments does the same before it makes its own
+        PartialState(cpu=True, backend=args.ddp_backend, timeout=args.ddp_timeout_delta)
+
+
+class RankLost(UserError):
+    """Another rank has ended, or cannot be reached."""
+
+    of_one_rank = True
+
+
+def lost_rank(error: Exception, args: TrainingArguments) -> str | None:
+    """The line to print if an error is that of a connection to another rank, else None."""
+    if args.world_size == 1 or not isinstance(error, RuntimeError):
+        return None
+    text = str(error)
+    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out", "timeout", "Socket")
+    if not (isinstance(error, dist.DistError) or any(sign in text for sign in signs)):
+        return None
+    return (
+        f"rank {args.process_index} has lost another rank ({text.splitlines()[0]}): the launcher names the one that "
+        "ended first; the last checkpoint is untouched, and --resume_from_checkpoint latest goes on from it"
+    )

@@ -1,0 +1,167 @@
+"""Stopping when asked to: every rank after the same step, with one checkpoint.
+
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (a scheduler's warning), SIGHUP, and the end of the launcher ask a run to stop. While
+it trains, it ends its step, or leaves its evaluation, saves and stops. At any other time there is nothing to save, and
+the process ends. A second signal ends it at once: a save that is under way has no name yet, so nothing is harmed.
+"""
+
+import os
+import select
+import signal
+import sys
+import threading
+import time
+
+import psutil
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader
+from transformers import TrainerCallback
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+SAME_REQUEST = 2.0  # seconds: a terminal and Slurm signal the whole group, and the launcher passes on what it got
+WATCH = 1.0  # seconds between two looks at the launcher
+
+
+class _Requests:
+    """What this process was asked."""
+
+    listening = False
+    training = False
+    reason: str | None = None
+    first: float | None = None  # when the first signal came, in seconds of the monotonic clock
+
+
+def listen() -> None:
+    """Take the signals from here on, and watch the launcher. It may be called again."""
+    if _Requests.listening or threading.current_thread() is not threading.main_thread():
+        return
+    _Requests.listening = True
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _receive)
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    # Python's handlers run when the main thread is next at it; a thread that reads the numbers need not wait for that.
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_watch, args=(reader, _launcher(), os.getpid()), daemon=True).start()
+
+
+def _receive(number: int, frame) -> None:
+    _ask(signal.Signals(number).name)
+    if not _Requests.training:
+        sys.exit(128 + number)
+
+
+def _ask(reason: str) -> None:
+    if _Requests.reason is None:
+        _Requests.reason = reason
+        what = "saving at the end of this step" if _Requests.training else "nothing to save"
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            os.write(2, f"\n{reason}: {what}; once more ends at once\n".encode())  # print is not for handlers
+
+
+def _launcher() -> int | None:
+    """The process that started this one, if it is accelerate's or torch's launcher: a shell may well end before."""
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        return os.getppid()
+    return None
+
+
+def _watch(reader: int, launcher: int | None, process: int) -> None:
+    """The thread's loop: end at a second signal, and ask for the end where the launcher is gone."""
+    gone = launcher == 1 and not any("accelerate" in word or "torch" in word for word in psutil.Process(1).cmdline())
+    while True:
+        if select.select([reader], [], [], WATCH)[0]:
+            for number in os.read(reader, 64):
+                if number not in SIGNALS:
+                    continue
+                now = time.monotonic()
+                _Requests.first = now if _Requests.first is None else _Requests.first
+                if now - _Requests.first > SAME_REQUEST:
+                    os._exit(128 + number)
+        elif launcher is not None and (gone or os.getppid() != launcher):
+            launcher = None
+            if _Requests.training:
+                _ask("the launcher has ended")
+            else:
+                os.kill(process, signal.SIGTERM)
+
+
+def leave_signals_to_the_run(worker_id: int) -> None:
+    """A DataLoader's `worker_init_fn`: a signal to the whole group must not take away the data of the last step."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def keep_workers(loader: DataLoader) -> DataLoader:
+    """Let the workers of a loader outlive a signal to the group."""
+    loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper
+    seed = loader.worker_init_fn
+
+    def start(worker_id: int) -> None:
+        leave_signals_to_the_run(worker_id)
+        if seed is not None:
+            seed(worker_id)
+
+    loader.worker_init_fn = start
+    return loader
+
+
+class EvaluationStopped(Exception):
+    """Raised on all ranks at the same batch of an evaluation."""
+
+
+class StopOnRequest(TrainerCallback):
+    """Ends the training of all ranks after the step in which one of them was asked to.
+
+    The flags are summed at each step on the CPU: that waits for the slowest rank's Python, not for a device. It is
+    also where a rank that has died is noticed.
+
+    Attributes:
+        stopped: why the run was stopped before its end, or None.
+    """
+
+    def __init__(self):
+        self.stopped: str | None = None
+        self.group = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        listen()
+        self.stopped = _Requests.reason = _Requests.first = None  # of an earlier training of this process
+        if args.world_size > 1 and self.group is None:
+            self.group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
+        _Requests.training = True
+
+    def agreed(self, args) -> bool:
+        """Whether any rank was asked to stop; all ranks call it at the same time."""
+        if args.world_size > 1:
+            flag = torch.tensor(int(_Requests.reason is not None))
+            dist.all_reduce(flag, group=self.group)
+            if not flag.item():
+                return False
+        elif _Requests.reason is None:
+            return False
+        self.stopped = next(filter(None, gather_object([_Requests.reason])))
+        return True
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.agreed(args):
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False  # it is made up for when the run goes on
+
+    def on_save(self, args, state, control, **kwargs):
+        if not self.stopped and self.agreed(args):
+            control.should_training_stop = True
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        # Where the best evaluation decides what is saved, leaving it would save nothing.
+        if _Requests.training and args.save_strategy != "best" and self.agreed(args):
+            raise EvaluationStopped
+
+
+def end_of_training() -> None:
+    """From here on there is nothing to save, and a signal ends the process."""
+    _Requests.training = False

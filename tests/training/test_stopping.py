@@ -1,0 +1,188 @@
+"""A run that is asked to stop saves once and stops, whoever is asked and whatever it is doing."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from llmkit.training import stopping
+from llmkit.training.checkpoints import checkpoints_of, damage_of
+from small_run import losses, trainer, weights
+
+SAVING = {"save_strategy": "steps", "save_steps": 100}
+SCRIPT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from llmkit.data.manifest import load_manifest
+from llmkit.data.tokenizer import load_tokenizer
+from llmkit.errors import exit_on_user_error
+from llmkit.training.stopping import listen
+from small_run import trainer
+from transformers import TrainerCallback
+
+class Slowly(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        time.sleep(float(sys.argv[5]))
+
+@exit_on_user_error
+def main():
+    listen()
+    data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
+    run = trainer(data, sys.argv[4], max_steps=100_000, save_strategy="steps", save_steps=1_000_000,
+                  per_device_train_batch_size=4)
+    run.add_callback(Slowly)
+    run.train()
+    print(run.stopped, flush=True)
+
+main()
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """The test's process keeps its handlers."""
+    before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.set_wakeup_fd(-1)
+    stopping._Requests.listening = False
+    stopping._Requests.reason = None
+
+
+@pytest.mark.parametrize("number", stopping.SIGNALS)
+def test_a_signal_saves_and_the_resumed_run_ends_with_the_same_bits(data, tmp_path, number):
+    whole = trainer(data, tmp_path / "whole")
+    whole.train()
+    run = trainer(data, tmp_path / "run", **SAVING)
+    forward = run.model.forward
+
+    def interrupted(*args, **kwargs):
+        if run.state.global_step == 2 and run.model.training:
+            signal.raise_signal(number)
+            signal.raise_signal(number)  # the launcher's, after the group's
+        return forward(*args, **kwargs)
+
+    run.model.forward = interrupted
+    run.train()
+    assert run.state.global_step == 3
+    assert f"stopped ({signal.Signals(number).name}) at step 3 of 6, checkpoint saved in" in run.stopped
+    assert damage_of(tmp_path / "run" / "checkpoint-3") is None
+    again = trainer(data, tmp_path / "run", **SAVING)
+    again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert losses(again) == losses(whole)
+    assert all(torch.equal(weight, weights(again)[name]) for name, weight in weights(whole).items())
+
+
+def test_a_signal_during_an_evaluation_or_a_save(data, tmp_path, monkeypatch):
+    """Neither waits for another step; the evaluation is made up for."""
+    how = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 2}
+    run = trainer(data, tmp_path, **how)
+    step = run.prediction_step
+
+    def interrupted(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    run.prediction_step = interrupted
+    run.train()
+    assert run.state.global_step == 2 and "checkpoint saved" in run.stopped
+    assert not any("eval_loss" in record for record in run.state.log_history)
+    again = trainer(data, tmp_path, **how)
+    monkeypatch.setattr(again, "save_model", _signalling(again.save_model))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 3 and "checkpoint saved" in again.stopped
+    records = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "eval_loss" in record] == [2]
+
+
+def _signalling(save):
+    def save_model(*args, **kwargs):
+        save(*args, **kwargs)
+        signal.raise_signal(signal.SIGTERM)
+
+    return save_model
+
+
+def test_before_and_after_training_a_signal_ends_the_process():
+    stopping.listen()
+    with pytest.raises(SystemExit) as end:
+        signal.raise_signal(signal.SIGUSR1)
+    assert end.value.code == 128 + signal.SIGUSR1
+
+
+def start(data, tmp_path, ranks: int, step_seconds: float = 0.0) -> tuple[subprocess.Popen, Path]:
+    """A long run under torch's launcher, of which the first steps are logged."""
+    data[1].save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    places = [Path(__file__).parents[1], data[0].directory, tmp_path / "tokenizer", tmp_path / "run", step_seconds]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", tmp_path / "script.py", *places]
+    with (tmp_path / "out").open("w") as out:
+        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out)
+    log = tmp_path / "run" / "log.jsonl"
+    wait(lambda: process.poll() is not None or (log.exists() and '"loss"' in log.read_text()))
+    assert process.poll() is None, (tmp_path / "out").read_text()
+    return process, tmp_path / "out"
+
+
+def wait(condition, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come"
+        time.sleep(0.05)
+
+
+def ended(ranks: list[psutil.Process]) -> bool:
+    return not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["one rank", "launcher, killed", "launcher and ranks"])
+def test_two_ranks_stop_together(data, tmp_path, who):
+    process, out = start(data, tmp_path, 2)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    if who == "one rank":
+        ranks[1].send_signal(signal.SIGUSR1)
+    elif who == "launcher, killed":
+        process.kill()
+    else:
+        for each in (*ranks, process):
+            each.send_signal(signal.SIGTERM)
+    wait(lambda: ended(ranks))
+    process.wait(timeout=60)
+    (checkpoint,) = checkpoints_of(tmp_path / "run")
+    assert damage_of(checkpoint) is None, out.read_text()
+    assert out.read_text().count("checkpoint saved in") == 2  # each rank's line
+
+
+@pytest.mark.slow
+def test_a_rank_that_dies_ends_the_other_with_one_line(data, tmp_path):
+    process, out = start(data, tmp_path, 2)
+    ranks = psutil.Process(process.pid).children()
+    ranks[1].kill()
+    wait(lambda: ended(ranks))
+    process.wait(timeout=60)
+    text = out.read_text()
+    assert "error: rank 0 has lost another rank" in text, text
+    assert "llmkit/training" not in text  # no traceback but the launcher's, which names the rank
+
+
+@pytest.mark.slow
+def test_a_second_signal_ends_a_long_step_at_once(data, tmp_path):
+    process, out = start(data, tmp_path, 1, step_seconds=30.0)
+    (rank,) = psutil.Process(process.pid).children()
+    rank.send_signal(signal.SIGINT)
+    wait(lambda: "SIGINT: saving at the end of this step" in out.read_text())
+    time.sleep(stopping.SAME_REQUEST + 0.1)
+    rank.send_signal(signal.SIGINT)
+    wait(lambda: ended([rank]), seconds=20)
+    process.wait(timeout=60)
+    assert not checkpoints_of(tmp_path / "run")
