@@ -33,7 +33,7 @@ def main():
     parser = RecipeParser(
         (DataArguments, ModelArguments, PretrainArguments),
         default_config=Path(__file__).with_name("pretrain_quickstart.yaml"),
-        replaces=REPLACES,
+        replaces={**REPLACES, "text_files": ("sample_prompts",), "dataset_name": ("sample_prompts",)},
     )
     data_args, model_args, args = parser.parse(sys.argv[1:])
     config = model_args.config()
@@ -46,6 +46,7 @@ def main():
     tokenizer, manifest = prepare_pretraining_data(data_args)
     train_windows = TokenWindows(manifest, "train", block_size)
     validation_windows = TokenWindows(manifest, "validation", block_size)
+    args.sample_prompts = args.sample_prompts or validation_windows.beginnings(tokenizer)
 
     # The model: the same weights on every rank, whatever happened before.
     model = model_args.model(tokenizer, args.seed)

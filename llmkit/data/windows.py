@@ -112,6 +112,17 @@ class TokenWindows(Dataset):
         """Turns a mean loss per token into bits per byte: loss * tokens_per_byte / ln 2."""
         return self.num_tokens / self.num_bytes
 
+    def beginnings(self, tokenizer: PreTrainedTokenizerBase, count: int = 2) -> list[str]:
+        """At most 12 tokens of the first documents of the split: prompts to watch a model learn with."""
+        length = max(1, min(12, self.block_size // 2))
+        prompts: dict[str, None] = {}
+        ids = self._read(0, 1 << 16)
+        for document in np.split(ids, np.flatnonzero(ids == self.pad_id) + 1):
+            text = tokenizer.decode(document[document != self.pad_id][:length]).rstrip("\ufffd")  # half a character
+            if text.strip() and len(prompts) < count:
+                prompts[text] = None
+        return list(prompts)
+
     def padded_to_multiple_of(self, multiple: int) -> "TokenWindows":
         """The same windows, and as many after them, with every label ignored, as make `len` a multiple.
 

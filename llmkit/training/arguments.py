@@ -42,7 +42,11 @@ class PretrainArguments(ScheduleArguments, OptimizerArguments, ReliabilityArgume
         default=None, metadata={"help": "Take the first so many questions; default: all, 10,042 in the official one."}
     )
     sample_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "Prompts continued at each evaluation, to watch the model learn."}
+        default_factory=list,
+        metadata={
+            "help": "Prompts continued at each evaluation, to watch the model learn; a recipe without any "
+            "takes the beginnings of held-out documents."
+        },
     )
     sample_tokens: int = field(default=64, metadata={"help": "Length of those samples, in tokens."})
 

@@ -11,6 +11,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 from llmkit.data.manifest import Manifest, Shard, Split
+from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.data.windows import IGNORED, TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
 
@@ -131,6 +132,22 @@ def test_an_id_beyond_the_vocabulary_is_said_and_not_looked_up(tmp_path):
     windows[0]
     with pytest.raises(UserError, match="token id 60000 in windows .2., and the vocabulary has 60,000: .* damaged"):
         windows[2]
+
+
+def test_prompts_are_the_beginnings_of_held_out_documents(tmp_path):
+    tokenizer = train_bpe_tokenizer(["one two three four five six seven eight nine ten " * 50], 290)
+    documents = ["", "one two three four five six seven eight nine ten " * 9, "\n\n", "two", "two", "six seven", "🌍"]
+    ids = [id for text in documents for id in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    validation = TokenWindows.from_tokens(ids, ids, tokenizer, 64)[1]
+    assert validation.beginnings(tokenizer, 2) == [
+        (documents[1] * 2)[: len(validation.beginnings(tokenizer)[0])],
+        "two",
+    ]
+    assert validation.beginnings(tokenizer, 9)[1:] == ["two", "six seven", "🌍"]
+    for block_size in (1, 4, 64):
+        prompts = TokenWindows.from_tokens(ids, ids, tokenizer, block_size)[1].beginnings(tokenizer)
+        assert all(1 <= len(tokenizer(prompt)["input_ids"]) <= max(1, block_size // 2) for prompt in prompts)
+        assert len(prompts[0]) >= min(2, block_size) / 2
 
 
 # ----------------------------------------------------------------------------- tokens in memory
