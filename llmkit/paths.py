@@ -2,10 +2,14 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from llmkit.errors import UserError
 
+# A value that is a private path as a whole: absolute, a file's address, from a home, upwards, or of a Windows share.
+WHOLE_PATH = re.compile(r"(?:file:|~|\.{1,2}[/\\]|[A-Za-z]:[/\\]|/[\w.~-]|\\\\)[^\n]*")
+HOME = re.compile(r"(?:file:)?/*(?:[A-Za-z]:)?[/\\]*(?:home|users)[/\\][^/\\]+|~[^/\\]*", re.IGNORECASE)
 MOST_NAMES = 5  # that a message lists
 
 
@@ -27,6 +31,12 @@ def local_path(name: str) -> Path | None:
     if is_local or (len(path.parts) == 2 and os.path.exists(path.parts[0])):
         raise UserError(f"{name!r}: there is no such file or folder{_near(path)}")
     return None
+
+
+def last_name(path: str) -> str:
+    """The last part of a path of any system; `~` for a home, whose last part is somebody's name."""
+    path = path.rstrip("/\\")
+    return "~" if HOME.fullmatch(path) else re.split(r"[/\\]", path)[-1]
 
 
 def existing_path(name: str) -> Path:

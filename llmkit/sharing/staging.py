@@ -12,10 +12,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from llmkit.errors import UserError
+from llmkit.paths import WHOLE_PATH, last_name
 from llmkit.runs.run import QUANTIZATION_CONFIG, Run
 
 CONFIGS = (CONFIG_NAME, GENERATION_CONFIG_NAME, ADAPTER_CONFIG_NAME, QUANTIZATION_CONFIG, "tokenizer_config.json")
 LOCAL = ("_name_or_path", "name_or_path", "is_local", "local_files_only")  # where a model or a tokenizer came from
+PATH_KEYS = ("_file", "_dir", "_path", "_folder")  # whose relative paths are private as well
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 TOKENIZER = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.*")
 TOKENIZER += ("merges.txt", "tokenizer.model", "spiece.model", "chat_template.*")
@@ -71,8 +73,23 @@ def stage(checkpoint: Path, folder: Path) -> None:
                 (folder / path.name).symlink_to(path.absolute())  # another file system
     for name in CONFIGS:
         if (checkpoint / name).exists():
-            content = _read(checkpoint / name)
-            _write(folder / name, {key: value for key, value in content.items() if key not in LOCAL})
+            _write(folder / name, _without_paths(_read(checkpoint / name)))
+
+
+def _without_paths(value: object, key: str = "") -> object:
+    """A configuration without where its files lay: paths become their last name, at any depth.
+
+    Texts of tokens and templates stay as they are; an adapter's base is for `base_on_hub` to check.
+    """
+    if isinstance(value, dict):
+        # Nor with the names of code, which is not pushed.
+        kept = {name: part for name, part in value.items() if name not in (*LOCAL, "auto_map")}
+        return {name: _without_paths(part, name) for name, part in kept.items()}
+    if isinstance(value, list):
+        return [_without_paths(part, key) for part in value]
+    is_text = key == "content" or key.endswith(("_token", "_tokens", "chat_template", "base_model_name_or_path"))
+    is_path = isinstance(value, str) and not is_text and (WHOLE_PATH.fullmatch(value) or key.endswith(PATH_KEYS))
+    return last_name(value) if is_path else value
 
 
 def base_on_hub(folder: Path, given: str | None, run: Run | None, is_on_hub: Callable[[str], bool]) -> str | None:

@@ -205,3 +205,39 @@ def test_the_picture_shows_both_curves_on_no_background(run):
     for color in ("3b8ed8", "d9731a"):
         wanted = np.array([int(color[i : i + 2], 16) / 255 for i in (0, 2, 4)])
         assert (abs(opaque - wanted).max(axis=1) < 0.01).sum() > 500
+
+
+def test_configurations_keep_no_paths(run, tmp_path):
+    """Also of checkpoints from elsewhere, at any depth; texts of tokens and templates stay."""
+    from llmkit.sharing.staging import stage
+
+    tokenizer = {
+        "tokenizer_file": "/home/ada/my models/tokenizer.json",
+        "vocab_file": "models of ada/vocab.json",
+        "cache_dir": "file:///home/ada/.cache/hub",
+        "special_tokens_map_file": r"\\\\ada\share\map.json",
+        "added_tokens_decoder": {"0": {"content": "/home/token"}},
+        "chat_template": "/home/{{ messages }}",
+        "eos_token": "/home/token",
+    }
+    change = {
+        "text_config": {"_name_or_path": "/home/ada/inner", "path": "C:/Users/ada/o'neil, x"},
+        "data_dir": "/home/ada",
+    }
+    change |= {"name_or_path": "/home/ada/it", "auto_map": {"AutoConfig": "ada.Config"}}
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | change))
+    (run / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    stage(run, folder)
+    assert json.loads((folder / "config.json").read_text()) == config | {
+        "text_config": {"path": "o'neil, x"},
+        "data_dir": "~",
+    }
+    assert json.loads((folder / "tokenizer_config.json").read_text()) == tokenizer | {
+        "tokenizer_file": "tokenizer.json",
+        "vocab_file": "vocab.json",
+        "cache_dir": "hub",
+        "special_tokens_map_file": "map.json",
+    }

@@ -4,6 +4,7 @@ import math
 import re
 from datetime import UTC, datetime
 
+from llmkit.paths import WHOLE_PATH, last_name
 from llmkit.runs.metrics import COMPARED, METRICS
 from llmkit.runs.report.curves import tokens
 from llmkit.runs.run import PRETRAINING, Run
@@ -23,12 +24,23 @@ PATH = re.compile(r"""(?<![\w.:/\\~])(?:/|~|\.\.[/\\]|[A-Za-z]:[/\\])[^\s'",;:()
 
 
 def public(value):
-    """A record's value with folders taken out of its paths, for a report may be passed on."""
+    """A record's value with folders taken out of its paths, for a report may be passed on.
+
+    A value that is a path as a whole may hold any sign; within a text, a path ends at a space, a quote or a comma.
+    """
     if isinstance(value, str):
-        return PATH.sub(r"…/\1", value)
+        if WHOLE_PATH.fullmatch(value) and not PATH.search(value.partition(" ")[2]):
+            return _short(value)
+        return PATH.sub(lambda match: _short(match[0]), value)
     if isinstance(value, dict):
         return {key: public(item) for key, item in value.items()}
     return [public(item) for item in value] if isinstance(value, list) else value
+
+
+def _short(path: str) -> str:
+    slash = path[-1] if path[-1] in "/\\" else ""
+    name = last_name(path)
+    return name if name == "~" else f"…/{name}{slash}"
 
 
 def quantity(number: float) -> str:

@@ -41,7 +41,9 @@ def command_line(words: list[str]) -> str:
         option, _, value = word.partition("=")
         if word.startswith("-"):
             values, secret = 0, option.endswith("_token")
-            shown.append(f"{option}=…" if secret and value else _quoted(public(word)))
+            if value:
+                word = f"{option}={'…' if secret else public(value)}"
+            shown.append(_quoted(word))
             continue
         values += 1
         if values <= LONGEST_LIST:
