@@ -17,6 +17,7 @@ def trainer(data, output_dir, windows=TokenWindows, **arguments) -> PretrainTrai
     manifest, tokenizer = data
     defaults = {"total_batch_tokens": 8 * BLOCK, "per_device_train_batch_size": 8, "max_steps": 6, "bf16": False}
     defaults |= {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
+    defaults |= {"logging_first_step": False}  # every logging_steps, and no more
     args = PretrainArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **arguments})
     set_seed(args.seed)
     config = GPT2Config(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2).for_tokenizer(tokenizer)

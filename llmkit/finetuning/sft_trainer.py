@@ -39,6 +39,9 @@ class SFTArguments(ScheduleArguments, ReliabilityArguments, SFTConfig):
         default=True, metadata={"help": "Recompute activations in the backward pass: slower by a fifth, far smaller."}
     )
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step, to compare with."})
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Log the first step too, so that curves begin where the training does."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses. Off: it costs a synchronisation a step, and hides NaN."}
     )

@@ -55,6 +55,9 @@ class PretrainArguments(ScheduleArguments, OptimizerArguments, ReliabilityArgume
     torch_compile: bool | None = field(default=None, metadata={"help": "torch.compile; default: on NVIDIA GPUs."})
 
     # Other defaults than Trainer's, each for a reason.
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Log the first step too: its loss is that of an untrained model."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Hide NaN losses. Off: it costs a synchronisation a step, and hides NaN."}
     )

@@ -14,6 +14,7 @@ from llmkit.runs.record import check_resume
 from llmkit.runs.report import write_report
 from llmkit.sharing.hub import RunPusher
 from llmkit.training.callbacks import ProgressLine
+from llmkit.training.monitoring import ResourceUse
 from llmkit.training.ranks import RankLost, lost_rank
 from llmkit.training.saving import ResumedState, WholeCheckpoints
 from llmkit.training.schedules import check_schedule, create_schedule
@@ -43,6 +44,8 @@ class ExactTrainer(WholeCheckpoints):
         # Trainer seeds all ranks alike, and they would drop out the same units.
         if self.args.process_index > 0:
             torch.manual_seed(self.args.seed + self.args.process_index)
+        self.resources = ResourceUse(self.args.device)
+        self.page_is_there = False  # the report of this start
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
@@ -103,6 +106,7 @@ class ExactTrainer(WholeCheckpoints):
                 best = self.args.metric_for_best_model
                 return {f"eval_{best.removeprefix('eval_')}": math.nan} if best else {}
             self.evaluated_step = self.state.global_step
+            self.write_live_report()
         return self.metrics
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
@@ -120,7 +124,11 @@ class ExactTrainer(WholeCheckpoints):
         return None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self.resources.measure()
         super().log(logs, start_time)
+        if not self.page_is_there:
+            self.write_live_report()
         if not math.isfinite(logs.get("loss", 0.0)):
             raise UserError(
                 f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate "
@@ -131,6 +139,15 @@ class ExactTrainer(WholeCheckpoints):
         """Write `report.html` of the run's folder from its log."""
         if self.is_world_process_zero():
             write_report([self.args.output_dir])
+
+    def write_live_report(self) -> None:
+        """Write it while the run goes on, at its first log line and after each evaluation. No run ends for it."""
+        if self.is_in_train:
+            self.page_is_there = True
+            try:
+                self.write_report()
+            except UserError as error:
+                say(f"{error}; the run goes on")
 
     # Sharing on the Hub, in place of Trainer's way, where a push that fails ends the run
 

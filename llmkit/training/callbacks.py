@@ -35,6 +35,7 @@ class Throughput(TrainerCallback):
         self.peak = peak
         self.started: float | None = None
         self.paused: float | None = None
+        self.is_first = True
 
     def on_step_begin(self, args, state, control, **kwargs):
         now = time.perf_counter()
@@ -54,6 +55,8 @@ class Throughput(TrainerCallback):
     def measure(self, step: int, tokens: int | None = None) -> dict[str, float]:
         """Figures for the steps since the last call; call it right after the loss was read from the device.
 
+        The first step alone has none: it compiles, and finds its memory.
+
         Args:
             tokens: of those steps, where there is no `tokens_before`.
         """
@@ -61,6 +64,9 @@ class Throughput(TrainerCallback):
             return {}
         seconds = time.perf_counter() - self.started
         self.started = None
+        is_first, self.is_first = self.is_first, False
+        if is_first and step == self.first_step + 1:
+            return {}
         tokens = self.tokens_before(step) - self.tokens_before(self.first_step) if tokens is None else tokens
         speed = tokens / seconds
         mfu = {"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}

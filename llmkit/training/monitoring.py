@@ -1,11 +1,15 @@
-"""What a run watches beside its loss: HellaSwag, and how the kinds of parameters fare.
+"""What a run watches beside its loss: HellaSwag, how the kinds of parameters fare, and what it takes of the machine.
 
 All of it goes through `trainer.log`, so that log.jsonl, wandb, TensorBoard and trackio have the same names, the last
 three with Trainer's `train/` before them.
 """
 
 import math
+import os
+import sys
+import time
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +27,42 @@ KINDS = {
     "mlp": (".mlp.",),
     "layernorm": (".ln_1.", ".ln_2.", "ln_f."),
 }
+
+
+class ResourceUse:
+    """What this process takes of its machine. The system's own counters are read, which waits for no device.
+
+    - `memory_gib`: the most main memory that the process has had at any time (not known on Windows);
+    - `cpu_utilization`: its processor time since the last measurement, of all that the CPUs could have given it;
+    - `gpu_memory_gib`: the most that torch has taken of the GPU's memory for tensors;
+    - `gpu_utilization`: the part of the last moments in which the GPU was at work, where `nvidia-ml-py` is installed.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.before = time.perf_counter(), time.process_time()
+
+    def measure(self) -> dict[str, float]:
+        """The figures now, as they are logged."""
+        now = time.perf_counter(), time.process_time()
+        passed, worked = (later - sooner for later, sooner in zip(now, self.before, strict=True))
+        self.before = now
+        found = {"cpu_utilization": worked / passed / _cpus()}
+        if sys.platform != "win32":
+            import resource
+
+            unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+            found["memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        if self.device.type == "cuda":
+            found["gpu_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            if find_spec("pynvml"):
+                found["gpu_utilization"] = torch.cuda.utilization(self.device) / 100
+        return found
+
+
+def _cpus() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class HellaSwagInTraining(TrainerCallback):

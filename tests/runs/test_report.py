@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from test_run import RECORD, end, loss, start, write_log
+from transformers import TrainerCallback
 
 import small_run
 from llmkit import cli
@@ -20,6 +21,7 @@ from llmkit.runs.report import page, run_names, write_report
 from llmkit.runs.report.curves import charts, moving_average, thin, tokens
 from llmkit.runs.report.summary import duration, public, quantity, state
 from llmkit.runs.run import load_run
+from llmkit.training.arguments import PretrainArguments
 
 LOGGED = [2.5 + 1 / step for step in range(1, 21)]
 HOSTILE = "</script><script>alert(1)</script><!-- <b>&amp; \u2028 \ud83d"
@@ -141,9 +143,18 @@ def test_a_loss_that_is_not_a_number_is_a_gap_and_is_said(tmp_path):
 
 def test_how_a_run_stands_depends_on_its_silence(tmp_path):
     run = load_run(write_log(tmp_path, [start(0, 0.0), loss(5, 200.0), loss(10, 600.0)]))
-    assert state(run, now=700.0) == {"kind": "running", "text": "running at 50%"}
+    assert state(run, now=700.0) == {"kind": "running", "text": "running at 50%, as of 1970-01-01 00:11 UTC"}
     assert state(run, now=600.0 + 3 * 400)["kind"] == "running"  # it was silent for 400 s before
-    assert state(run, now=600.0 + 3 * 400 + 1)["text"].startswith("killed or crashed at 50%: silent since 1970-01-01")
+    killed = {"kind": "stopped", "text": "stopped at 50%, as of 1970-01-01 00:10 UTC"}
+    assert state(run, now=600.0 + 3 * 400 + 1) == killed
+
+
+def test_a_run_whose_process_is_gone_is_stopped_at_once(tmp_path):
+    run = load_run(write_log(tmp_path, [start(0, 0.0), loss(10, 600.0)]))
+    assert state(run, now=601.0, alive=False)["text"] == "stopped at 50%, as of 1970-01-01 00:10 UTC"
+    assert state(run, now=9999.0, alive=True)["text"] == "running at 50%, as of 1970-01-01 02:46 UTC"
+    finished = load_run(write_log(tmp_path, [start(0, 0.0), loss(20, 600.0), end(20, 601.0)]))
+    assert state(finished, now=601.0, alive=True)["kind"] == "finished"
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
@@ -415,6 +426,56 @@ def test_a_real_run(data, tmp_path):
     assert shown["axes"][shown["curves"]["eval_loss"]["axis"]]["step"] == [2, 4, 6]
     assert shown["samples"][0]["steps"] == [2, 4, 6]
     assert f"validation loss {trainer.evaluate()['eval_loss']:.4f}" in shown["headline"]
+    figures = {name: text for name, text, _ in shown["figures"]}
+    assert 0.1 < float(figures["peak memory"].removesuffix(" GiB")) < 64
+    assert all(value > 0 for value in shown["curves"]["cpu_utilization"]["values"])
+
+
+class Watcher(TrainerCallback):
+    """Reads the run's page when a step begins, as a browser would that reloads it."""
+
+    def __init__(self, page: Path):
+        self.page = page
+        self.seen: dict[int, dict | None] = {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        found = Page(self.page.read_text(encoding="utf-8")).data if self.page.exists() else None
+        self.seen[state.global_step] = found
+
+
+def test_a_run_that_goes_on_has_a_page_that_says_so(data, tmp_path):
+    what = {"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 10, "logging_first_step": True}
+    trainer = small_run.trainer(data, tmp_path / "live", **what)
+    trainer.add_callback(watcher := Watcher(tmp_path / "live/report.html"))
+    trainer.train()
+    assert watcher.seen[0] is None
+    evaluated = {}
+    for step, data in watcher.seen.items():
+        if step:
+            assert data["live"] and data["runs"][0]["state"]["kind"] == "running"
+            curve = data["runs"][0]["curves"].get("eval_loss", {"values": []})
+            evaluated[step] = len(curve["values"])
+    assert evaluated == {1: 0, 2: 1, 3: 1, 4: 2, 5: 2}
+    trainer.write_report()
+    assert not Page((tmp_path / "live/report.html").read_text(encoding="utf-8")).data["live"]
+
+
+def test_a_page_that_cannot_be_written_does_not_end_the_run(data, tmp_path, capsys):
+    (tmp_path / "it/report.html").mkdir(parents=True)
+    trainer = small_run.trainer(data, tmp_path / "it", eval_strategy="steps", eval_steps=3)
+    trainer.train()
+    assert trainer.state.global_step == 6
+    assert "report.html: Is a directory; the run goes on" in capsys.readouterr().out
+
+
+def test_the_first_step_is_logged_without_a_speed(data, tmp_path):
+    default = PretrainArguments.logging_first_step
+    trainer = small_run.trainer(data, tmp_path, logging_steps=3, logging_first_step=default)
+    trainer.train()
+    logged = {entry["step"]: entry for entry in trainer.state.log_history if "loss" in entry}
+    assert list(logged) == [1, 3, 6]
+    assert ["tokens_per_second" in entry for entry in logged.values()] == [False, True, True]
+    assert logged[1]["loss"] == pytest.approx(math.log(300), abs=0.1)  # it knows nothing yet of 300 tokens
 
 
 @pytest.fixture
@@ -432,6 +493,7 @@ def browse(tmp_path):
         )
         path.write_text(text.replace("</body>", f"<script>{measure}</script></body>"), encoding="utf-8")
         command = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()]
+
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
         assert "CONSOLE" not in done.stderr, done.stderr
         return done.stdout
@@ -473,3 +535,13 @@ def test_a_page_of_tokens_fits_a_phone(browse):
     tokens = [Token(7, "x" * 90), Token(8, " <b>\n\t")] * 2
     text = browse(as_page([Segmentation(f"/home/alice/{LONG}", 50257, tokens, 200, 0)] * 2))
     assert 'data-overflow="0"' in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("now", "reloads"), [(700.0, True), (99_999.0, False)])
+def test_a_page_reloads_itself_while_its_run_goes_on(now, reloads, tmp_path, browse):
+    log = [start(0, 0.0), loss(5, 200.0), loss(10, 600.0)]
+    text = page([load_run(write_log(tmp_path / "it", log))], now)
+    note = "<script>window.setInterval = (call, ms) => { document.documentElement.dataset.every = ms; }</script>"
+    text = browse(text.replace("<body>", f"<body>{note}"))
+    assert ('data-every="15000"' in text) is reloads

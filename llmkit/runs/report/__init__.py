@@ -14,6 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.files import is_held
 from llmkit.runs.report.curves import charts, curves, logged
 from llmkit.runs.report.summary import figures, headline, moment, samples, state
 from llmkit.runs.report.tables import comparison, differences, run_tables
@@ -66,7 +67,7 @@ def page(runs: list[Run], now: float) -> str:
     """The whole page.
 
     Args:
-        now: when it is made, in seconds since the epoch: a run that was silent for long is called killed.
+        now: when it is made, in seconds since the epoch: and a run that was silent for long has stopped.
     """
     data = content(runs, now)
     # In a script element HTML ends at the first "</script", and a comment may begin with "<!--": no "<" is left.
@@ -86,12 +87,18 @@ def content(runs: list[Run], now: float) -> dict:
     shown = []
     for name, run in zip(run_names(runs), runs, strict=True):
         key_figures = [[key, figure["text"], figure["note"]] for key, figure in figures(run).items()]
-        about = {"name": name, "headline": headline(run), "state": state(run, now), "figures": key_figures}
+        about = {
+            "name": name,
+            "headline": headline(run),
+            "state": state(run, now, is_held(run.folder)),
+            "figures": key_figures,
+        }
         shown.append(about | curves(run) | {"samples": samples(run), "tables": run_tables(run)})
     names = [run["name"] for run in shown]
     return {
         "title": names[0] if len(runs) == 1 else f"{len(runs)} runs: {', '.join(names)}",
         "made": moment(now),
+        "live": any(run["state"]["kind"] == "running" for run in shown),
         "tokens": tokens_name(runs),
         "runs": shown,
         "charts": charts({key for run in runs for key in logged(run)}),

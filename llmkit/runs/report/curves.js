@@ -4,12 +4,14 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const runs = data.runs;
 const several = runs.length > 1;
 AXES.tokens.label = data.tokens;
-const view = { x: "tokens", log: true, smooth: true, zoom: null, hidden: new Set() };
+// What the switches say; the browser keeps it while a page reloads.
+const view = { x: "tokens", log: true, smooth: true, zoom: null, hidden: new Set(), ...history.state };
 const color = (index) => `var(--c${index % 8})`;
 const swatch = (index) => el("span", { class: "swatch", style: `background:${color(index)}` });
 const drawings = []; // what to do to draw each chart anew
 
 function redraw() {
+  history.replaceState(view, "");
   for (const draw of drawings) draw();
 }
 
@@ -116,7 +118,7 @@ function controls() {
       }),
       label,
     );
-  const reset = el("button", { type: "button", id: "reset", hidden: true, onclick: () => zoom(null) }, "Reset zoom");
+  const reset = el("button", { type: "button", id: "reset", hidden: !view.zoom, onclick: () => zoom(null) }, "Reset zoom");
   const legend = el(
     "div",
     { class: "legend", role: "group", "aria-label": "Runs shown" },
@@ -125,7 +127,7 @@ function controls() {
         "button",
         {
           type: "button",
-          "aria-pressed": "true",
+          "aria-pressed": String(!view.hidden.has(r)),
           onclick: (event) => {
             view.hidden[view.hidden.has(r) ? "delete" : "add"](r);
             event.currentTarget.setAttribute("aria-pressed", String(!view.hidden.has(r)));

@@ -206,9 +206,21 @@ shown.replaceChildren(
         ? el("details", { class: "about" }, el("summary", {}, swatch(r), ...breakable(`All about ${run.name}`)), cards)
         : section("What it was", cards);
     }),
-    el("footer", {}, `Made by llmkit from the log of the run${several ? "s" : ""}, ${data.made}.`),
+    el(
+      "footer",
+      {},
+      `Made by llmkit from the log of the run${several ? "s" : ""}, ${data.made}.` +
+        (data.live ? " A run writes its page at each evaluation; this one reloads itself to show it." : ""),
+    ),
   ].filter((node) => node),
 );
+
+// A page of a run that goes on is read again, but not from under the hand of somebody who points or selects.
+if (data.live) {
+  setInterval(() => {
+    if (!document.querySelector(".tip:not([hidden])") && !String(getSelection())) location.reload();
+  }, 15_000);
+}
 
 let drawnAt = shown.clientWidth;
 redraw();

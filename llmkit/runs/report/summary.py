@@ -81,21 +81,25 @@ def plain(value) -> str:
     return "none" if value is None else str(value)
 
 
-def state(run: Run, now: float) -> dict[str, str]:
-    """`kind` and `text` of how the run stands. A silence longer than any before it makes it one that was killed."""
+def state(run: Run, now: float, alive: bool | None = None) -> dict[str, str]:
+    """`kind` (finished, running, stopped, diverged) and `text` of how the run stands.
+
+    Args:
+        now: in seconds since the epoch.
+        alive: whether its process is there. Where None, nothing tells, and a silence longer than any before it makes
+            it a run that is not.
+    """
     kind, last = run.status, run.log[-1]
     percent = f" at {run.progress:.0%}" if run.progress is not None else ""
     times = [record["time"] for record in run.log[run.log.index(run.starts[-1]) :]]
-    if kind == "unfinished":
+    text = {"finished": "finished", "diverged": f"loss not finite at step {last['step']:,}"}.get(kind)
+    if kind == "stopped":
+        text = f"stopped{percent}, can be resumed"
+    elif kind == "unfinished":
         longest = max((later - sooner for sooner, later in zip(times, times[1:], strict=False)), default=0)
-        kind = "running" if now - last["time"] <= max(300, 3 * longest) else "killed"
-    text = {
-        "finished": "finished",
-        "stopped": f"stopped{percent}, can be resumed",
-        "diverged": f"loss not finite at step {last['step']:,}",
-        "running": f"running{percent}",
-        "killed": f"killed or crashed{percent}: silent since {moment(last['time'])}",
-    }[kind]
+        alive = now - last["time"] <= max(300, 3 * longest) if alive is None else alive
+        kind = "running" if alive else "stopped"
+        text = f"{kind}{percent}, as of {moment(now if alive else last['time'])}"
     resumes = len(run.starts) - 1
     often = {0: "", 1: ", resumed once", 2: ", resumed twice"}.get(resumes, f", resumed {resumes} times")
     return {"kind": kind, "text": text + often}
