@@ -11,6 +11,7 @@
     llmkit chat runs/sft_qlora
     llmkit push runs/pretrain me/model
     llmkit report runs/pretrain_a runs/pretrain_b --output compared.html
+    llmkit runs
 
 The flags have the names of the recipes' fields. One module a subject; each imports the libraries it needs inside its
 commands, so that `llmkit --help` need not wait for torch.

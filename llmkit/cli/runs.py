@@ -1,6 +1,8 @@
-"""Commands about runs that are done or under way: `report`."""
+"""Commands about runs that are done or under way: `report` and `runs`."""
 
 import argparse
+
+from llmkit.console import shown
 
 
 def add_commands(nouns) -> None:
@@ -11,9 +13,26 @@ def add_commands(nouns) -> None:
     report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/pretrain_quickstart")
     report.add_argument("--output", help="the page to write (default: report.html in the first run's folder)")
     report.set_defaults(command=_report)
+    runs = nouns.add_parser(
+        "runs",
+        help="list all runs in a folder",
+        description="List the runs in a folder with their state and last figures, and write index.html there, a page "
+        "that links to their reports.",
+        allow_abbrev=False,
+    )
+    runs.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: %(default)s")
+    runs.set_defaults(command=_runs)
 
 
 def _report(args: argparse.Namespace) -> None:
     from llmkit.runs.report import write_report
 
     print(f"wrote {write_report(args.runs, args.output)}")
+
+
+def _runs(args: argparse.Namespace) -> None:
+    from llmkit.runs.report.index import as_text, list_runs, write_index
+
+    rows = list_runs(args.folder)
+    print(shown(as_text(rows)))
+    print(f"\nwrote {write_index(args.folder, rows)}")

@@ -7,14 +7,12 @@ nothing is loaded from anywhere.
 
 import html
 import json
-import os
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.files import is_held
+from llmkit.files import is_held, write_whole
 from llmkit.runs.report.curves import charts, curves, logged
 from llmkit.runs.report.summary import figures, headline, moment, samples, state
 from llmkit.runs.report.tables import comparison, differences, run_tables
@@ -41,25 +39,20 @@ def write_report(folders: Sequence[str | Path], output: str | Path | None = None
     runs = list({run.folder.resolve(): run for run in map(load_run, folders)}.values())
     output = Path(output) if output is not None else runs[0].folder / REPORT
     text = page(runs, time.time())
-    write_whole(output, text)
+    write_page(output, text)
     return output
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a page beside its place and name it at the end: a browser that reloads it never meets a half of it.
+def write_page(path: Path, text: str) -> None:
+    """Write a page in one step: a browser that reloads it never meets a half of it.
 
     Raises:
         UserError: it cannot be written there.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # A folder's name need not be UTF-8.
-        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
-        partial.replace(path)
+        write_whole(path, text.encode(errors="backslashreplace"))  # a folder's name need not be UTF-8
     except OSError as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
