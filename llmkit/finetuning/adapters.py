@@ -1,6 +1,9 @@
-"""LoRA adapters on a quantized base: load the base, say what is trained, show what it costs."""
+"""LoRA adapters on a quantized base: load the base, put an adapter on it, say what is trained, show what it costs."""
 
+import json
+import math
 import os
+import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,22 +11,31 @@ from typing import Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
-from peft import LoraConfig
+from huggingface_hub import snapshot_download
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file, extract_commit_hash
 
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.finetuning.conversations import add_chat_template
+from llmkit.paths import local_path
+from llmkit.runs.run import QUANTIZATION_CONFIG
+
+# The files of an adapter, as patterns.
+ADAPTER_FILES = ("*.json", SAFETENSORS_WEIGHTS_NAME, "merges.txt", "*.jinja", "tokenizer.model")
 
 
 @dataclass
@@ -102,10 +114,30 @@ def load_base_config(args: AdapterArguments) -> PreTrainedConfig:
         else:
             file = cached_file(args.model, "config.json", revision=args.model_revision)
             args.model_revision = extract_commit_hash(file, None)
-        return AutoConfig.from_pretrained(args.model, revision=args.model_revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(args.model, revision=args.model_revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         place = "no model in this folder" if Path(args.model).is_dir() else "no folder here, and not read from the Hub"
         raise UserError(f"model={args.model}: {place} ({reason(error)})") from error
+    check_not_quantized(args.model, config)
+    return config
+
+
+def check_not_quantized(base: str, config: PreTrainedConfig) -> None:
+    """Refuse a base that was saved quantized.
+
+    Raises:
+        UserError: it was.
+    """
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(
+            f"the base {base} was saved quantized: give the checkpoint that it was made from, which llmkit quantizes "
+            "itself"
+        )
+
+
+def context_length(config: PreTrainedConfig) -> int | float:
+    """The most tokens that a model reads; infinite where it has no positions, as Bloom and MPT with ALiBi."""
+    return getattr(config, "max_position_embeddings", math.inf)
 
 
 def load_chat_tokenizer(args: AdapterArguments) -> PreTrainedTokenizerBase:
@@ -134,10 +166,8 @@ def check_run(args: TrainingArguments, config: PreTrainedConfig, max_length: int
         )
     if config.model_type == "phi" and args.mixed_precision == "fp16":
         raise UserError("fp16 does not work with Phi, whose attention logits overflow float16: use bf16 or float32")
-    if max_length > config.max_position_embeddings:
-        raise UserError(
-            f"max_length={max_length} is longer than the {config.max_position_embeddings} positions of the base"
-        )
+    if max_length > context_length(config):
+        raise UserError(f"max_length={max_length} is longer than the {context_length(config)} positions of the base")
 
 
 def load_base_model(args: AdapterArguments, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -171,6 +201,102 @@ def keep_training_layout(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+# ------------------------------------------------------------------ adapters that were saved
+
+
+def adapter_folder(adapter: str) -> Path:
+    """The folder of an adapter; of one on the Hub, its files of one commit are downloaded.
+
+    Raises:
+        UserError: no such folder or name, or it holds no adapter.
+    """
+    folder = local_path(adapter)
+    if folder is None:
+        try:
+            folder = Path(snapshot_download(adapter, allow_patterns=ADAPTER_FILES))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{adapter}: no folder here, and not read from the Hub ({error})") from error
+    if not (folder / CONFIG_NAME).exists():
+        kind = "a plain checkpoint, which has nothing to merge" if (folder / "config.json").exists() else "no adapter"
+        raise UserError(f"{adapter} is {kind}: it has no {CONFIG_NAME}")
+    if not (folder / SAFETENSORS_WEIGHTS_NAME).exists():  # PEFT would read adapter_model.bin, which is pickled
+        raise UserError(f"{adapter}: the adapter has no {SAFETENSORS_WEIGHTS_NAME}")
+    return folder
+
+
+def adapter_config(folder: Path) -> LoraConfig:
+    """The configuration of the adapter in a folder.
+
+    Raises:
+        UserError: it is damaged, or not LoRA's.
+    """
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / CONFIG_NAME}: not an adapter's configuration of this PEFT ({error!r})") from error
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{folder}: an adapter of the kind {config.peft_type}, and only LoRA is supported")
+    return config
+
+
+def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> PeftModel:
+    """The base as it was trained on, quantized if it was, with the adapter on it and its generation settings.
+
+    Args:
+        adapter: its folder, or its name on the Hub.
+        base: where the base is, if it is not where it was trained on.
+
+    Raises:
+        UserError: adapter or base do not load, or do not fit each other.
+    """
+    folder = adapter_folder(adapter)
+    config = adapter_config(folder)
+    place = base or config.base_model_name_or_path
+    record, settings = folder / QUANTIZATION_CONFIG, folder / GENERATION_CONFIG_NAME
+    try:
+        quantized = BitsAndBytesConfig(**json.loads(record.read_text())) if record.exists() else None
+        model = AutoModelForCausalLM.from_pretrained(
+            place,
+            revision=None if base else config.revision,
+            dtype=quantized.bnb_4bit_compute_dtype if quantized else "auto",
+            device_map={"": device},
+            quantization_config=quantized,
+            trust_remote_code=False,
+            use_safetensors=True,
+        )
+        if settings.exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise UserError(f"{adapter}: its base {place} does not load ({reason(error)}): give --base") from error
+    keep_training_layout(model)
+    return put_on(model, folder, config).eval()
+
+
+def put_on(model: PreTrainedModel, folder: Path, config: LoraConfig) -> PeftModel:
+    """A model with the adapter in a folder on it.
+
+    Raises:
+        UserError: the adapter's file is damaged, or made for another model.
+    """
+    with warnings.catch_warnings():
+        # Of keys that are missing, which are looked at here, and of GPT-2's weights, which are (in, out) unless in 4
+        # bits: PEFT finds out by itself.
+        warnings.filterwarnings("ignore", category=UserWarning, module="peft")
+        try:
+            found = PeftModel.from_pretrained(model, str(folder), config=config)
+            with safe_open(folder / SAFETENSORS_WEIGHTS_NAME, framework="pt") as file:
+                missing = get_peft_model_state_dict(found, save_embedding_layers=False).keys() - set(file.keys())
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{folder}: the adapter is damaged, or of another base ({error}): check --base") from error
+        except RuntimeError as error:
+            if "size mismatch" not in str(error):
+                raise
+            raise UserError(f"{folder}: the adapter was made for a base of another shape: check --base") from error
+    if missing:
+        raise UserError(f"{folder}: the adapter lacks {min(missing)}: it is damaged, or of another base")
+    return found
 
 
 def dtype_ledger(model: torch.nn.Module) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
+from jinja2 import TemplateError
 from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
@@ -260,12 +261,15 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 
 
 def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:
-    return tokenizer.apply_chat_template(
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        return_dict=True,
-        tokenizer_kwargs={"verbose": False},  # long ones are cut later, which the audit counts
-    )["input_ids"]
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=True,
+            tokenizer_kwargs={"verbose": False},  # long ones are cut later, which the audit counts
+        )["input_ids"]
+    except TemplateError as error:
+        raise Malformed(f"the chat template refuses the conversation ({error})") from error
 
 
 def encode_all(conversations: Conversations, tokenizer: PreTrainedTokenizerBase) -> Dataset:

@@ -1,41 +1,48 @@
 """Merge an adapter into its base, and prove that the merged model says what the adapter said."""
 
 import itertools
-import json
 import math
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import cached_file
 
 from llmkit.data.sample_data import docstring_conversations
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
-from llmkit.finetuning.adapters import keep_training_layout
+from llmkit.finetuning.adapters import (
+    adapter_config,
+    adapter_folder,
+    check_not_quantized,
+    context_length,
+    load_with_adapter,
+    put_on,
+)
 from llmkit.finetuning.conversations import encode
-from llmkit.finetuning.turns import split_guanaco
-from llmkit.runs.run import QUANTIZATION_CONFIG
+from llmkit.finetuning.turns import Malformed, split_guanaco
+from llmkit.model.loss import IGNORE_INDEX
 
 # The gate. Rounding the merged weights to bfloat16 moved a token's distribution by about 1e-4 nats where it was
 # measured, and a wrong merge (a transposed or doubled update) by more than 0.1.
 MAX_KL = 0.005  # nats per token, mean
 MAX_PERPLEXITY_CHANGE = 0.01
 GATE_CONVERSATIONS = 32
+LONGEST_ROW = 1024  # tokens
 
 
 @dataclass
@@ -82,97 +89,123 @@ def merge_adapter(adapter: str, output: str, dtype: torch.dtype, base: str | Non
     """
     if Path(output).exists():
         raise UserError(f"{output} is there already: choose another folder or delete it")
+    folder = adapter_folder(adapter)
+    config = adapter_config(folder)
+    place, revision = base or config.base_model_name_or_path, None if base else config.revision
+    tokenizer = load_tokenizer(str(folder))
+    try:
+        base_config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{adapter}: its base {place} does not load ({reason(error)}): give --base") from error
+    check_not_quantized(place, base_config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference = load_with_adapter(adapter, base, device)
-    tokenizer = load_tokenizer(adapter)
-    rows = gate_rows(tokenizer, reference.config.max_position_embeddings)
+    return _save(_merge(reference, folder, place, revision, dtype), reference, tokenizer, Path(output))
 
-    merged = _merge(reference, base, dtype)
-    unfinished = Path(output).with_name(Path(output).name + ".unfinished")
+
+def _save(
+    merged: PreTrainedModel, reference: PeftModel, tokenizer: PreTrainedTokenizerBase, output: Path
+) -> Comparison:
+    """Write the merged model and its tokenizer to `output`, unless what was written is not what `reference` is."""
+    dtype, ends = merged.dtype, tokenizer.eos_token_id
     merged.generation_config = GenerationConfig.from_model_config(merged.config)
-    merged.generation_config.eos_token_id = merged.config.eos_token_id = tokenizer.eos_token_id
+    merged.generation_config.eos_token_id = merged.config.eos_token_id = ends
     merged.generation_config.pad_token_id = tokenizer.pad_token_id
-    merged.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    del merged
-    # From the disk, as anyone will load it.
-    saved = AutoModelForCausalLM.from_pretrained(
-        unfinished, dtype=dtype, device_map={"": device}, trust_remote_code=False, use_safetensors=True
-    )
-    comparison = compare(reference, saved, rows)
-    if not comparison.within_bounds:
-        shutil.rmtree(unfinished)
-        raise UserError(
-            f"the merged model does not say what the adapter says (KL {comparison.kl:.2e} nats per token, perplexity "
-            f"{comparison.perplexity_adapter:.4f} -> {comparison.perplexity_merged:.4f}), so it was not saved: try "
-            "--dtype float32"
-        )
-    unfinished.rename(output)
-    return comparison
-
-
-def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> PeftModel:
-    """The base as it was trained on, quantized if it was, with the adapter on it."""
+    unfinished = output.with_name(output.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        config = PeftConfig.from_pretrained(adapter)
-        quantization = Path(adapter) / QUANTIZATION_CONFIG
-        quantized = BitsAndBytesConfig(**json.loads(quantization.read_text())) if quantization.exists() else None
-        model = AutoModelForCausalLM.from_pretrained(
-            base or config.base_model_name_or_path,
-            revision=config.revision,
-            dtype=quantized.bnb_4bit_compute_dtype if quantized else "auto",
-            device_map={"": device},
-            quantization_config=quantized,
+        merged.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        del merged  # which takes as much memory as the copy that is read next
+        # From the disk, as anyone will load it.
+        saved = AutoModelForCausalLM.from_pretrained(
+            unfinished,
+            dtype=dtype,
+            device_map={"": reference.device},
             trust_remote_code=False,
             use_safetensors=True,
         )
-        # PEFT would read adapter_model.bin, which is pickled, where there is no such file.
-        cached_file(adapter, SAFETENSORS_WEIGHTS_NAME)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{adapter}: the adapter or its base does not load ({reason(error)}): set --base if it has moved"
-        ) from error
-    keep_training_layout(model)
-    if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save or config.bias != "none":
-        raise UserError(f"{adapter}: only plain LoRA adapters are read here, no DoRA, biases or whole modules")
-    return PeftModel.from_pretrained(model, adapter).eval()
+        rows = gate_rows(tokenizer, reference.config, trained_tokens(reference.peft_config["default"]))
+        comparison = compare(reference, saved, rows)
+        if not comparison.within_bounds:
+            raise UserError(
+                f"the merged model does not say what the adapter says (KL {comparison.kl:.2e} nats per token, "
+                f"perplexity {comparison.perplexity_adapter:.4f} -> {comparison.perplexity_merged:.4f}), so it was "
+                "not saved: try --dtype float32"
+            )
+        unfinished.rename(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return comparison
+
+
+def trained_tokens(config: LoraConfig) -> list[int]:
+    """The tokens whose embeddings are part of an adapter (`trainable_token_indices`)."""
+    indices = config.trainable_token_indices or []
+    return sorted({i for part in indices.values() for i in part} if isinstance(indices, dict) else indices)
 
 
 @torch.no_grad()
-def _merge(reference: PeftModel, base: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """A plain model with the weights of base + update, added up in float32 and rounded once."""
-    config = reference.peft_config["default"]
-    merged = AutoModelForCausalLM.from_pretrained(
-        base or config.base_model_name_or_path,
-        revision=config.revision,
-        dtype=dtype,
-        trust_remote_code=False,
-        use_safetensors=True,
+def _merge(reference: PeftModel, folder: Path, base: str, revision: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """A plain model with the weights of base + update, added up in float32 and rounded once.
+
+    PEFT adds the update, whatever it consists of, to a plain base that holds the dequantized weights.
+
+    Raises:
+        UserError: an update that a plain checkpoint has no place for.
+    """
+    plain = AutoModelForCausalLM.from_pretrained(
+        base, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
     )
-    for name, module in reference.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
-            layer, update = module.get_base_layer(), module.get_delta_weight("default").float()
-        elif isinstance(module, Linear4bit) and not name.endswith(".base_layer"):
-            layer, update = module, 0.0
-        else:
-            continue
-        weight = layer.weight
-        if isinstance(layer, Linear4bit):
-            weight = dequantize_4bit(weight.data, weight.quant_state)
-        weight = weight.float() + update
-        target = merged.get_submodule(name)
+    merged = put_on(plain, folder, adapter_config(folder))
+    trained_on = dict(reference.named_modules())
+    for name, module in merged.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer().float()
+            _dequantize(trained_on[name].get_base_layer(), layer)
+            try:
+                module.merge()
+            except RuntimeError as error:
+                if "lora_bias" not in str(error):
+                    raise
+                raise UserError(
+                    f"{folder}: it has biases (lora_bias) for layers without one, so a plain checkpoint cannot hold "
+                    "them: use the adapter as it is"
+                ) from error
+            layer.to(dtype)
+        elif not name.endswith(".base_layer"):
+            _dequantize(trained_on[name], module)
+    return merged.unload()
+
+
+def _dequantize(source: torch.nn.Module, target: torch.nn.Module) -> None:
+    """Give a plain layer the weights of a layer in 4 bits, if `source` is one."""
+    if isinstance(source, Linear4bit):
+        weight = dequantize_4bit(source.weight.data, source.weight.quant_state)
         # GPT-2's own layers hold (in, out); in 4 bits they became (out, in) like all others.
-        if isinstance(layer, Linear4bit) and isinstance(target, Conv1D):
-            weight = weight.t()
-        target.weight.copy_(weight)
-    return merged
+        target.weight.copy_(weight.t() if isinstance(target, Conv1D) else weight)
 
 
-def gate_rows(tokenizer: PreTrainedTokenizerBase, context: int) -> list[dict[str, list[int]]]:
-    """Some of the embedded conversations, encoded with the adapter's own chat template."""
+def gate_rows(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, tokens: list[int]
+) -> list[dict[str, list[int]]]:
+    """Some of the embedded conversations, and a row of `tokens`."""
     texts = itertools.islice(docstring_conversations(), 0, 10 * GATE_CONVERSATIONS, 10)
-    rows = [encode(split_guanaco(text), tokenizer) for text in texts]
+    rows = [_gate_row(text, tokenizer) for text in texts]
+    if tokens:
+        rows.append({"input_ids": tokens, "labels": [IGNORE_INDEX] * len(tokens)})
+    context = int(min(context_length(config), LONGEST_ROW))
     return [{key: values[:context] for key, values in row.items()} for row in rows]
+
+
+def _gate_row(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
+    """A conversation in the adapter's own chat template; as plain text, all of it predicted, where there is none, or
+    one that cannot be told apart into what is trained and what is read."""
+    if tokenizer.chat_template is not None:
+        with suppress(Malformed):
+            return encode(split_guanaco(text), tokenizer)
+    ids = tokenizer(text)["input_ids"]
+    return {"input_ids": ids, "labels": ids}
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from llmkit.errors import UserError
+from llmkit.finetuning.adapters import context_length
 from llmkit.model.loss import IGNORE_INDEX, is_plain_head, linear_cross_entropy
 from llmkit.runs.record import JsonlLog, run_record
 from llmkit.runs.run import QUANTIZATION_CONFIG
@@ -137,7 +138,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
                 )
                 for prompt in args.sample_prompts
             ]
-            context = model.config.max_position_embeddings
+            context = context_length(model.config)
             self.add_callback(Samples(tokenizer, prompts, args.sample_tokens, context, log))
         self.has_plain_head = has_plain_head(model)
         self.is_quantized = any(isinstance(module, Linear4bit) for module in model.modules())
@@ -208,6 +209,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             self.model.generation_config.save_pretrained(folder)
+            (folder / QUANTIZATION_CONFIG).unlink(missing_ok=True)  # of an earlier run into this folder
             if self.is_quantized:
                 self.model.config.quantization_config.to_json_file(folder / QUANTIZATION_CONFIG)
 

@@ -7,7 +7,6 @@ gives, whatever the architecture.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,7 +14,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -64,12 +62,9 @@ def load_for_generation(
         tokenizer.pad_token = tokenizer.eos_token  # masked wherever it pads
     if not adapter:
         return load_model(checkpoint, quantize, device), tokenizer
-    from llmkit.finetuning.merge import load_with_adapter  # here, since importing peft takes seconds
+    from llmkit.finetuning.adapters import load_with_adapter  # here, since importing peft takes seconds
 
-    model = load_with_adapter(checkpoint, base, device).get_base_model()
-    if (Path(checkpoint) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint)
-    return model, tokenizer
+    return load_with_adapter(checkpoint, base, device).get_base_model(), tokenizer
 
 
 def load_model(checkpoint: str, quantize: Quantization | None, device: torch.device) -> PreTrainedModel:

@@ -26,9 +26,16 @@ from trl import SFTTrainer
 
 from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.errors import UserError
-from llmkit.finetuning.adapters import AdapterArguments, check_run, dtype_ledger, linear_layers, load_base_model
+from llmkit.finetuning.adapters import (
+    AdapterArguments,
+    check_run,
+    dtype_ledger,
+    linear_layers,
+    load_base_model,
+    load_with_adapter,
+)
 from llmkit.finetuning.conversations import Conversations, add_chat_template, encode_all
-from llmkit.finetuning.merge import compare, load_with_adapter, merge_adapter
+from llmkit.finetuning.merge import compare, merge_adapter
 from llmkit.finetuning.sft_trainer import ConversationTrainer, SFTArguments, has_plain_head
 from llmkit.finetuning.turns import split_guanaco
 
