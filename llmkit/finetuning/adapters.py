@@ -269,7 +269,9 @@ def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> P
         if settings.exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise UserError(f"{adapter}: its base {place} does not load ({reason(error)}): give --base") from error
+        raise UserError(
+            f"{adapter}: its base {place} does not load ({reason(error)}): set --base if it has moved"
+        ) from error
     keep_training_layout(model)
     return put_on(model, folder, config).eval()
 

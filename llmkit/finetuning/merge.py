@@ -96,7 +96,9 @@ def merge_adapter(adapter: str, output: str, dtype: torch.dtype, base: str | Non
     try:
         base_config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{adapter}: its base {place} does not load ({reason(error)}): give --base") from error
+        raise UserError(
+            f"{adapter}: its base {place} does not load ({reason(error)}): set --base if it has moved"
+        ) from error
     check_not_quantized(place, base_config)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reference = load_with_adapter(adapter, base, device)
