@@ -19,7 +19,7 @@ from llmkit import cli
 from llmkit.data.token_view import Segmentation, Token, as_page
 from llmkit.runs.report import page, run_names, write_report
 from llmkit.runs.report.curves import charts, moving_average, thin, tokens
-from llmkit.runs.report.summary import duration, public, quantity, state
+from llmkit.runs.report.summary import duration, plain, public, quantity, state
 from llmkit.runs.run import load_run
 from llmkit.training.arguments import PretrainArguments
 
@@ -545,3 +545,9 @@ def test_a_page_reloads_itself_while_its_run_goes_on(now, reloads, tmp_path, bro
     note = "<script>window.setInterval = (call, ms) => { document.documentElement.dataset.every = ms; }</script>"
     text = browse(text.replace("<body>", f"<body>{note}"))
     assert ('data-every="15000"' in text) is reloads
+
+
+def test_a_long_list_is_counted():
+    """600 text files made a page of 16,604 pixels."""
+    assert plain([f"{n}.txt" for n in range(600)]) == "600 values"
+    assert plain(["a.txt", "b.txt"]) == "'a.txt', 'b.txt'"

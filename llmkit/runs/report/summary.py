@@ -9,6 +9,7 @@ from llmkit.runs.metrics import COMPARED, METRICS
 from llmkit.runs.report.curves import tokens
 from llmkit.runs.run import PRETRAINING, Run
 
+MAX_LISTED = 20  # of a setting's values, such as the names of text files
 MAX_SAMPLES = 100  # of a prompt
 NOT_A_SETTING = {
     "output_dir",
@@ -75,6 +76,8 @@ def plain(value) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, (list, tuple)):
+        if len(value) > MAX_LISTED:
+            return f"{len(value):,} values"
         return ", ".join(repr(item) if isinstance(item, str) else plain(item) for item in value) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{key}: {plain(item)}" for key, item in value.items()) or "none"
