@@ -10,6 +10,7 @@
     llmkit generate runs/pretrain "def read_file(path):"
     llmkit chat runs/sft_qlora
     llmkit push runs/pretrain me/model
+    llmkit blame runs/pretrain --step 120
     llmkit report runs/pretrain_a runs/pretrain_b --output compared.html
     llmkit runs
 
@@ -22,10 +23,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llmkit.cli import data, evaluate, finetuning, inference, runs, share, tuning
+from llmkit.cli import blame, data, evaluate, finetuning, inference, runs, share, tuning
 from llmkit.errors import UserError, exit_on_user_error
 
-SUBJECTS = (data, evaluate, finetuning, inference, runs, share, tuning)
+SUBJECTS = (blame, data, evaluate, finetuning, inference, runs, share, tuning)
 
 
 class Parser(argparse.ArgumentParser):

@@ -246,6 +246,15 @@ class WindowBatchSampler(Sampler[list[int]]):
                 batch += order[:start].tolist()
             yield batch
 
+    def windows(self, start: int, stop: int) -> list[int]:
+        """The windows from place `start` to before `stop` of the whole run's order."""
+        found: list[int] = []
+        while start < stop:
+            epoch, place = divmod(start, self.num_windows)
+            found += self._order(epoch)[place : place + stop - start].tolist()
+            start = (epoch + 1) * self.num_windows
+        return found
+
     def _order(self, epoch: int) -> np.ndarray:
         # Shuffled in place: `permutation(n)` would hold 8 bytes a window.
         order = np.arange(self.num_windows, dtype=np.uint32)

@@ -151,9 +151,14 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         trained = sum(int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()) for batch in batches)
         read, trained = self.accelerator.reduce(torch.tensor([read, trained], device=device), reduction="sum").tolist()
         self.tokens_since_log += read
+        self.micro_batches = batches
         # The field of the trainer's state that is saved with each checkpoint for such a count.
         self.state.num_input_tokens_seen += trained
         return batches, num_items
+
+    def describe_micro_batch(self, step: int, rank: int, micro_batch: int) -> str:
+        ids = self.micro_batches[micro_batch]["input_ids"]
+        return "conversations that begin " + ", ".join(repr(self.processing_class.decode(row[:24])) for row in ids[:3])
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """From the hidden states at the trained positions alone, in chunks whose gradient is made along with the loss.

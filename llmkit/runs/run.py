@@ -59,7 +59,7 @@ class Run:
         """
         if self.end is not None:
             return "finished" if self.progress is None or self.progress > 0.9999 else "stopped"
-        if self.training and not math.isfinite(self.training[-1]["loss"]):
+        if "not_finite_step" in self.log[-1] or (self.training and not math.isfinite(self.training[-1]["loss"])):
             return "diverged"
         return "unfinished"
 

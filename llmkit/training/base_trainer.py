@@ -1,4 +1,4 @@
-"""What pretraining and fine-tuning want of Trainer alike: exact evaluation, honest resuming, no silent NaN."""
+"""What pretraining and fine-tuning want of Trainer alike: exact evaluation, honest resuming, no harm from NaN."""
 
 import math
 
@@ -15,6 +15,7 @@ from llmkit.runs.report import write_report
 from llmkit.sharing.hub import RunPusher
 from llmkit.training.callbacks import ProgressLine
 from llmkit.training.monitoring import ResourceUse
+from llmkit.training.nonfinite import StepGuard
 from llmkit.training.ranks import RankLost, lost_rank
 from llmkit.training.saving import ResumedState, WholeCheckpoints
 from llmkit.training.schedules import check_schedule, create_schedule
@@ -37,6 +38,8 @@ class ExactTrainer(WholeCheckpoints):
         self.pusher = RunPusher(self.args) if self.args.push_to_hub else None
         self.args.hub_token = None  # Trainer pickles its arguments beside each checkpoint
         self.add_callback(ResumedState)
+        self.guard = StepGuard(self.accelerator, self.log, self.describe_micro_batch)
+        self.add_callback(self.guard)
         self.stop_on_request = StopOnRequest()
         self.add_callback(self.stop_on_request)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
@@ -82,6 +85,20 @@ class ExactTrainer(WholeCheckpoints):
             )
             self._created_lr_scheduler = True  # Trainer's mark: a second `train` makes another
         return self.lr_scheduler
+
+    def describe_micro_batch(self, step: int, rank: int, micro_batch: int) -> str:
+        """What is said of a micro-batch's text where its loss is not finite; called on that rank, in that step."""
+        raise NotImplementedError
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.guard.micro_losses.append(loss)
+        return loss.nan_to_num(0.0, 0.0, 0.0)  # into Trainer's running sum, which would never recover
+
+    # private: the norm is there once a step, before the optimizer moves; a callback would have to make it again.
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.guard.grad_norm = super()._get_grad_norm(model, grad_norm)
+        return self.guard.grad_norm
 
     def get_train_dataloader(self) -> DataLoader:
         return keep_workers(super().get_train_dataloader())
@@ -129,11 +146,6 @@ class ExactTrainer(WholeCheckpoints):
         super().log(logs, start_time)
         if not self.page_is_there:
             self.write_live_report()
-        if not math.isfinite(logs.get("loss", 0.0)):
-            raise UserError(
-                f"the loss is {logs['loss']} at step {self.state.global_step}: lower learning_rate "
-                f"({self.args.learning_rate}) or check the data, and resume from a checkpoint before this step"
-            )
 
     def write_report(self) -> None:
         """Write `report.html` of the run's folder from its log."""

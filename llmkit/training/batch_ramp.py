@@ -54,10 +54,20 @@ class Batches:
 
     def __iter__(self) -> Iterator[int]:
         for size, steps in itertools.groupby(self.step_sizes.tolist()):
-            each, more = divmod(size, self.micro_batches)
-            step = [each + 1] * more + [each] * (self.micro_batches - more)
+            step = self._shares(size)
             for _ in steps:
                 yield from step
+
+    def _shares(self, size: int) -> list[int]:
+        each, more = divmod(size, self.micro_batches)
+        return [each + 1] * more + [each] * (self.micro_batches - more)
+
+    def places(self, step: int) -> list[tuple[int, int]]:
+        """Of each micro-batch of the 1-based `step`: the first place in the run's order of windows, and the end."""
+        ends = itertools.accumulate(
+            self._shares(int(self.step_sizes[step - 1])), initial=self.windows_before(step - 1)
+        )
+        return list(itertools.pairwise(ends))
 
 
 def _step_sizes(total: int, full: int, start: int, ramp: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import transformers
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch.utils.data import DataLoader
 
+from llmkit.data.lookup import documents_of
 from llmkit.data.windows import TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
 from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
@@ -120,13 +121,21 @@ class PretrainTrainer(ExactTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of the run as one epoch to Trainer; passes over the text are the sampler's business."""
-        args = self.args
-        sampler = WindowBatchSampler(
-            num_windows=len(self.train_dataset),
-            batch_sizes=self.batches,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-        )
-        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=sampler))
+        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=self._sampler()))
+
+    def _sampler(self) -> WindowBatchSampler:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return WindowBatchSampler(len(self.train_dataset), self.batches, seed)
+
+    def describe_micro_batch(self, step: int, rank: int, micro_batch: int) -> str:
+        start, stop = self.batches.places(step)[micro_batch * self.args.world_size + rank]
+        documents = [
+            document
+            for window in self._sampler().windows(start, stop)
+            for document in documents_of(self.train_dataset, window, self.processing_class)
+        ]
+        more = f" and {len(documents) - 3} more documents" if len(documents) > 3 else ""
+        return "; ".join(map(str, documents[:3])) + more
 
     def get_eval_dataloader(self, eval_dataset: TokenWindows | None = None) -> DataLoader:
         dataset = eval_dataset or self.eval_dataset

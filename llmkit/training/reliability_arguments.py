@@ -15,6 +15,16 @@ class ReliabilityArguments:
         default="continue",
         metadata={"help": "If a checkpoint cannot be written: continue (and try at the next save), or stop."},
     )
+    on_nonfinite: Literal["stop", "skip"] = field(
+        default="stop",
+        metadata={"help": "At a loss or gradient that is not finite: stop, or skip the step (10 of any 1,000)."},
+    )
+    on_spike: Literal["ignore", "warn", "skip"] = field(
+        default="ignore", metadata={"help": "At a step whose loss is far above those before it."}
+    )
+    spike_zscore: float = field(
+        default=6.0, metadata={"help": "How far, in standard deviations of the last 128 losses."}
+    )
 
     def __post_init__(self):
         join_ranks(self)
@@ -22,3 +32,5 @@ class ReliabilityArguments:
         for name, kind in get_type_hints(ReliabilityArguments).items():
             if (choices := get_args(kind)) and getattr(self, name) not in choices:
                 raise UserError(f"{name}={getattr(self, name)}: choose from {', '.join(choices)}")
+        if not self.spike_zscore > 0:
+            raise UserError(f"spike_zscore={self.spike_zscore}: give a number above 0, such as 6")
