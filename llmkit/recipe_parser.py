@@ -86,6 +86,7 @@ class RecipeParser(HfArgumentParser):
 
     def _check_file(self, config: str) -> dict:
         content = _read_yaml(config)
+        # private: argparse has no public list of what a parser takes.
         actions = {option: action for action in self._actions for option in action.option_strings}
         for key, value in content.items():
             if f"--{key}" not in actions or key == "config":

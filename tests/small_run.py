@@ -11,6 +11,16 @@ from llmkit.training.arguments import PretrainArguments
 from llmkit.training.pretrain_trainer import PretrainTrainer
 
 BLOCK = 16
+ULP = 2.0**-23  # the spacing of float32, relative to the number
+
+
+def rounding(steps: int) -> float:
+    """How far losses may be apart, relatively, that differ in the order of their sums alone.
+
+    Which order a sum has depends on the processor's instructions and on the number of threads. A few units in the
+    last place a step, for each starts from the weights that the one before has rounded.
+    """
+    return 4 * ULP * (1 + steps)
 
 
 def trainer(data, output_dir, windows=TokenWindows, **arguments) -> PretrainTrainer:

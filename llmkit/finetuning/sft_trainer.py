@@ -22,12 +22,13 @@ from llmkit.runs.run import QUANTIZATION_CONFIG
 from llmkit.training.arguments import choose_precision, set_up_reporting, use_one_gpu
 from llmkit.training.base_trainer import ExactTrainer
 from llmkit.training.callbacks import Samples, Throughput
+from llmkit.training.compatibility import CheckpointingArguments
 from llmkit.training.reliability_arguments import ReliabilityArguments
 from llmkit.training.schedules import ScheduleArguments
 
 
 @dataclass
-class SFTArguments(ScheduleArguments, ReliabilityArguments, SFTConfig):
+class SFTArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArguments, SFTConfig):
     """SFTConfig with what the machine is good for chosen by itself, and samples."""
 
     sample_prompts: list[str] = field(

@@ -77,6 +77,7 @@ class GPT2Attention(nn.Module):
         query, key, value = (t.view(B, T, -1, self.head_dim).transpose(1, 2) for t in (query, key, value))
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, T_past + T, D)
+        # private: the implementation in use has no public name.
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
         x, weights = attend(
@@ -122,6 +123,7 @@ class GPT2PreTrainedModel(PreTrainedModel):
     config: GPT2Config
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
+    # private: what a model can do, transformers reads from these attributes of its class, and from nowhere else.
     _no_split_modules = ["GPT2Block"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
@@ -136,6 +138,7 @@ class GPT2PreTrainedModel(PreTrainedModel):
     # Causal masks, which OpenAI's checkpoints hold as buffers and nobody reads any more.
     _keys_to_ignore_on_load_unexpected = [r"attn\.(masked_)?bias$"]
 
+    # private: the one place where transformers lets a model say how its weights begin.
     @torch.no_grad()
     def _init_weights(self, module):
         """N(0, 0.02), biases zero, LayerNorms one and zero; projections into the residual stream at
@@ -219,6 +222,7 @@ class GPT2Model(GPT2PreTrainedModel):
 
 
 class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
+    # private: transformers reads from the class which weights are one, and which are left out of a checkpoint.
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
     _keys_to_ignore_on_save = ["lm_head.weight"]  # tied: Trainer need not warn that a checkpoint lacks it
 

@@ -13,13 +13,16 @@ from transformers.utils import is_torch_tf32_available
 from llmkit.errors import UserError
 from llmkit.machine import bf16_is_fast, set_up_cpu
 from llmkit.training.batch_ramp import Batches
+from llmkit.training.compatibility import CheckpointingArguments
 from llmkit.training.optimizers import OptimizerArguments, is_fully_sharded
 from llmkit.training.reliability_arguments import ReliabilityArguments
 from llmkit.training.schedules import ScheduleArguments
 
 
 @dataclass
-class PretrainArguments(ScheduleArguments, OptimizerArguments, ReliabilityArguments, TrainingArguments):
+class PretrainArguments(
+    ScheduleArguments, OptimizerArguments, ReliabilityArguments, CheckpointingArguments, TrainingArguments
+):
     """TrainingArguments with the batch stated in tokens, and with what the machine is good for chosen by itself."""
 
     total_batch_tokens: int = field(
@@ -179,6 +182,7 @@ def choose_precision(args: TrainingArguments) -> str:
 def use_one_gpu(args: TrainingArguments) -> None:
     """Keep a process to its GPU: one that was started alone would get all of them, and Trainer its nn.DataParallel."""
     if args.n_gpu > 1:
+        # private: the one place where TrainingArguments holds the number; there is no argument for it.
         args._n_gpu = 1
 
 

@@ -83,7 +83,8 @@ class ExactTrainer(WholeCheckpoints):
             self.lr_scheduler = create_schedule(
                 optimizer or self.optimizer, self.args, num_training_steps, self.schedule_position
             )
-            self._created_lr_scheduler = True  # Trainer's mark: a second `train` makes another
+            # private: Trainer's mark of a scheduler of its own; without it a second `train` would go on with this one.
+            self._created_lr_scheduler = True
         return self.lr_scheduler
 
     def describe_micro_batch(self, step: int, rank: int, micro_batch: int) -> str:

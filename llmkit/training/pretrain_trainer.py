@@ -91,6 +91,7 @@ class PretrainTrainer(ExactTrainer):
         )
         if args.torch_compile:
             # Each size of a growing batch is a graph of its own, and after 8 dynamo would go on without graphs.
+            # private: the limit can be raised in no other way.
             torch._dynamo.config.recompile_limit = 8 + len(self.batches.micro_batch_sizes)
         if is_fully_sharded(args):
             keep_sums_in_float32(self.accelerator.state.fsdp_plugin)

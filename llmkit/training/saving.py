@@ -144,8 +144,8 @@ class WholeCheckpoints(Trainer):
     def push_checkpoint(self, checkpoint: str) -> None:
         """Called with each finished checkpoint where `push_to_hub` is set."""
 
+    # private: Trainer's own pushing, of what has no name yet.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # private: Trainer's own pushing, of what has no name yet.
         pass
 
     # private: Trainer leaves a rank without a state of its own to repeat the random numbers of the run's beginning.
@@ -155,6 +155,7 @@ class WholeCheckpoints(Trainer):
             parts = np.random.SeedSequence([self.args.seed, step_of(checkpoint), self.args.process_index])
             set_seed(int(parts.generate_state(1)[0]))
 
+    # private: with `_internal_call`, Trainer does not push what it saves.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Trainer's, each file of which is whole or not there, and which does not push."""
         target = Path(output_dir or self.args.output_dir)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from small_run import accelerate_launch
+from small_run import accelerate_launch, rounding
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
@@ -109,8 +109,8 @@ def test_two_ranks_train_what_one_trains(one_rank, texts, tmp_path, nodes):
     assert all(process.returncode == 0 for process in done), [process.stderr for process in done]
     assert "2 rank(s)" in done[0].stdout
     run = tmp_path / "run"
-    assert logged(run, "loss") == pytest.approx(logged(one_rank, "loss"), rel=1e-6)
-    assert logged(run, "eval_loss") == pytest.approx(logged(one_rank, "eval_loss"), rel=1e-6)
+    assert logged(run, "loss") == pytest.approx(logged(one_rank, "loss"), rel=rounding(8))
+    assert logged(run, "eval_loss") == pytest.approx(logged(one_rank, "eval_loss"), rel=rounding(8))
     files = sorted(path.name for path in (texts / "data").glob("*.bin"))
     assert [(tmp_path / "data" / name).read_bytes() for name in files] == [
         (texts / "data" / name).read_bytes() for name in files

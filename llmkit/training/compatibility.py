@@ -1,0 +1,29 @@
+"""What older versions of the packages lack: the one place that asks which version is here."""
+
+from dataclasses import dataclass, field
+
+import transformers
+from packaging.version import Version
+
+RENAMES_CHECKPOINTING = Version(transformers.__version__) < Version("5.23")
+
+
+@dataclass
+class CheckpointingArguments:
+    """`activation_checkpointing` also for transformers before 5.23, where it is called `gradient_checkpointing`.
+
+    For TrainingArguments and its subclasses, before them in the list of bases.
+    """
+
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations in the backward pass: slower by a fifth, far smaller."}
+    )
+    activation_checkpointing_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "How: keyword arguments of `activation_checkpointing_enable`."}
+    )
+
+    def __post_init__(self):
+        if RENAMES_CHECKPOINTING:
+            self.gradient_checkpointing = bool(self.activation_checkpointing)
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
+        super().__post_init__()
