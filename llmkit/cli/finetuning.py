@@ -42,9 +42,14 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    import warnings
+
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from llmkit.finetuning.merge import merge_adapter
 
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
     print(merge_adapter(args.adapter, args.output, getattr(torch, args.dtype), args.base).table())
     print(f"saved {args.output}")

@@ -136,8 +136,8 @@ def check_not_quantized(base: str, config: PreTrainedConfig) -> None:
 
 
 def context_length(config: PreTrainedConfig) -> int | float:
-    """The most tokens that a model reads; infinite where it has no positions, as Bloom and MPT with ALiBi."""
-    return getattr(config, "max_position_embeddings", math.inf)
+    """The most tokens that a model reads; infinite where nothing limits it, as with Bloom's ALiBi."""
+    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # the latter: MPT
 
 
 def load_chat_tokenizer(args: AdapterArguments) -> PreTrainedTokenizerBase:

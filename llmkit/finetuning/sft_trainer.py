@@ -140,7 +140,8 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
                 for prompt in args.sample_prompts
             ]
             context = context_length(model.config)
-            self.add_callback(Samples(tokenizer, prompts, args.sample_tokens, context, log))
+            samples = Samples(tokenizer, prompts, args.sample_tokens, context, log, add_special_tokens=False)
+            self.add_callback(samples)
         self.has_plain_head = has_plain_head(model)
         self.is_quantized = any(isinstance(module, Linear4bit) for module in model.modules())
         self.tokens_since_log = 0

@@ -99,17 +99,25 @@ class Samples(TrainerCallback):
 
     Args:
         context: the model's context length in tokens.
+        add_special_tokens: as the tokenizer does with a text; False where a chat template has put them in already.
 
     Raises:
         UserError: a prompt that leaves no room in the context.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompts: list[str], max_new_tokens: int, context: int, log: JsonlLog
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[str],
+        max_new_tokens: int,
+        context: int | float,
+        log: JsonlLog,
+        add_special_tokens: bool = True,
     ):
+        self.add_special_tokens = add_special_tokens
         prompts = [prompt or tokenizer.eos_token for prompt in prompts]  # nothing: as a document begins
         for prompt in prompts:
-            if (length := len(tokenizer(prompt)["input_ids"])) >= context:
+            if (length := len(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])) >= context:
                 raise UserError(
                     f"the sample prompt {prompt[:20]!r} has {length} tokens, the model's context {context}: shorten it"
                 )
@@ -131,7 +139,8 @@ class Samples(TrainerCallback):
 
     def sample(self, model: PreTrainedModel, prompt: str) -> str:
         """The prompt with its continuation."""
-        inputs = self.tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs = self.tokenizer(prompt, add_special_tokens=self.add_special_tokens, return_tensors="pt")
+        inputs = inputs.to(model.device)
         room = self.context - inputs["input_ids"].shape[1]
         training = model.training
         model.eval()

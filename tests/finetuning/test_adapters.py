@@ -5,17 +5,23 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
 from peft import get_peft_model
+from tokenizers.processors import TemplateProcessing
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
     Gemma2Config,
     Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MptConfig,
     PhiConfig,
     PhiForCausalLM,
     PreTrainedModel,
@@ -24,7 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 from trl import SFTTrainer
 
-from llmkit.data.tokenizer import train_bpe_tokenizer
+from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer
 from llmkit.errors import UserError
 from llmkit.finetuning.adapters import (
     AdapterArguments,
@@ -38,6 +44,7 @@ from llmkit.finetuning.conversations import Conversations, add_chat_template, en
 from llmkit.finetuning.merge import compare, merge_adapter
 from llmkit.finetuning.sft_trainer import ConversationTrainer, SFTArguments, has_plain_head
 from llmkit.finetuning.turns import split_guanaco
+from llmkit.training.callbacks import Samples
 
 CPU = torch.device("cpu")
 CHATS = [
@@ -78,6 +85,8 @@ def trainer(base: str, output_dir, quantization: str = "nf4", **arguments) -> Co
     from llmkit.finetuning.adapters import load_chat_tokenizer
 
     adapter = AdapterArguments(model=base, quantization=quantization, lora_r=4, lora_alpha=8, lora_dropout=0.1)
+    if any(name in (Path(base) / "config.json").read_text() for name in ("bloom", "mpt")):
+        adapter.attn_implementation = "eager"  # they have no other
     defaults = {"max_length": 128, "max_steps": 4, "per_device_train_batch_size": 4, "learning_rate": 1e-2}
     defaults |= {"logging_steps": 1, "save_strategy": "no", "report_to": "none", "bf16": False, "packing": True}
     args = SFTArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **arguments})
@@ -291,6 +300,59 @@ def test_small_updates_are_not_lost(bases, tmp_path):
         if "lora_A" in name
     ]
     assert max(kept) < 0.2, "the steps are too large to show anything"
+
+
+def test_rows_without_an_answer_are_left_out_with_packing_too(bases, tmp_path, monkeypatch):
+    """Those whose answer begins behind the cut."""
+    tokens = []
+    for chats in (CHATS, [*CHATS, f"### Human: {'why ' * 200}### Assistant: So."]):
+        monkeypatch.setattr(sys.modules[__name__], "CHATS", chats)
+        run = trainer(bases["gpt2"], tmp_path, packing=True)
+        tokens.append(sum(len(ids) for ids in run.train_dataset["input_ids"]))
+    assert tokens[0] == tokens[1]
+
+
+def test_samples_begin_with_one_beginning_of_text(bases, tmp_path, monkeypatch):
+    """The chat template writes it, and the tokenizer would add another to a text."""
+    import llmkit.finetuning.adapters as adapters
+
+    def load_bos_tokenizer(name, revision=None):
+        tokenizer = load_tokenizer(name, revision)
+        bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
+        return tokenizer
+
+    monkeypatch.setattr(adapters, "load_tokenizer", load_bos_tokenizer)
+    run = trainer(bases["gpt2"], tmp_path, sample_prompts=["Hi"], packing=False)
+    assert run.processing_class("Hi")["input_ids"][0] == run.processing_class.bos_token_id, "the tokenizer adds one"
+    samples = next(callback for callback in run.callback_handler.callbacks if isinstance(callback, Samples))
+    given = []
+    monkeypatch.setattr(run.model, "generate", lambda input_ids, **_: given.append(input_ids) or input_ids)
+    samples.sample(run.model, samples.prompts[0])
+    assert given[0][0].tolist().count(run.processing_class.bos_token_id) == 1
+
+
+def test_a_quantization_record_of_an_earlier_run_does_not_stay(bases, tmp_path):
+    for quantization, is_there in (("nf4", True), ("none", False)):
+        trainer(bases["gpt2"], tmp_path, quantization).save_model()
+        assert (tmp_path / "quantization_config.json").exists() == is_there
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_bases_without_positions_are_trained_and_merged(bases, tmp_path, kind):
+    sizes = {"vocab_size": 320, "n_layer": 1, "n_head": 2, "eos_token_id": 299, "bos_token_id": 299}
+    config = BloomConfig(hidden_size=32, **sizes) if kind == "bloom" else None
+    config = config or MptConfig(
+        **({"d_model": 32, "n_layers": 1, "n_heads": 2, "max_seq_len": 64, "vocab_size": 320})
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(bases["gpt2"]).save_pretrained(tmp_path / "base")
+    args = SFTArguments(output_dir=str(tmp_path), use_cpu=True, max_length=64)
+    check_run(args, config, args.max_length)
+    run = trainer(str(tmp_path / "base"), tmp_path / "run", packing=False, sample_prompts=["Hi"], sample_tokens=3)
+    run.train()
+    run.save_model()
+    assert merge_adapter(str(tmp_path / "run"), str(tmp_path / "merged"), torch.float32).within_bounds
 
 
 # ------------------------------------------------------------------ merging
