@@ -1,10 +1,15 @@
 """What the machine is good for, and how to get it."""
 
 import ctypes
+import logging
 import os
 import platform
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # Dense bfloat16 matrix peak, FLOP/s, from NVIDIA's datasheets, by the whole name that the driver gives. A name that is
 # not here has no MFU rather than a wrong one: an L40 is no L4, and a laptop's GPU is not the desktop's of its number.
@@ -64,3 +69,34 @@ def set_up_cpu() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, 2**30 - 1)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def set_up(args: "TrainingArguments") -> None:
+    """Set up this process for a training run, once, in a recipe's `main()`.
+
+    Arguments and trainers leave the process alone; what a run wants of it is all here: threads and memory of a CPU,
+    torch.compile's limits, a warning that does not apply, and wandb without a login.
+    """
+    if args.use_cpu:
+        set_up_cpu()
+    import torch._dynamo.config
+
+    # private: the limit can be raised in no other way. Each size of micro-batch of a growing batch is a graph of its own, and after 8 dynamo would go on without graphs.
+    torch._dynamo.config.recompile_limit = 8 + args.per_device_train_batch_size
+    # The end tokens within packed rows are no padding, as transformers takes them to be where both are one token.
+    logging.getLogger("transformers.modeling_utils").addFilter(
+        lambda record: "pass in an `attention_mask`" not in str(record.msg)
+    )
+    if "wandb" in args.report_to:
+        set_up_wandb()
+
+
+def set_up_wandb() -> None:
+    """Let wandb work without a login: it then writes under ./wandb for a later `wandb sync`, in place of an error."""
+    if "WANDB_MODE" in os.environ:
+        return
+    import wandb
+
+    if not wandb.login(prompt=False, verify=False):
+        os.environ["WANDB_MODE"] = "offline"
+        wandb.teardown()  # it reads its environment once, and has just done so

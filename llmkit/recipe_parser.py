@@ -32,19 +32,22 @@ class RecipeParser(HfArgumentParser):
     """Reads a recipe: `--config FILE.yaml`, and any field as `--field value`, which wins over the file.
 
     A YAML value is read as if it stood on the command line, so that both know the same types: `6e-4` is a number
-    (plain YAML calls it text), and `max_steps: many` is an error that names the file and the key.
+    (plain YAML calls it text), and `max_steps: many` is an error that names the file and the key. `null` gives a field
+    its default, in the file and on the command line.
+
+    A dataclass may have a class attribute `REPLACES`, as in `{"preset": ("n_layer", "n_head")}`: a preset on the
+    command line takes the place of an `n_layer` in the file.
 
     Args:
         dataclass_types: the dataclasses to fill.
         default_config: the file that is read where no `--config` is given.
-        replaces: fields that, given on the command line, take the place of others in the file.
     """
 
-    def __init__(
-        self, dataclass_types, default_config: Path | str, replaces: dict[str, tuple[str, ...]] | None = None
-    ):
+    def __init__(self, dataclass_types, default_config: Path | str):
         super().__init__(dataclass_types, allow_abbrev=False)
-        self.replaces = replaces or {}
+        self.replaces = {
+            name: keys for kind in dataclass_types for name, keys in getattr(kind, "REPLACES", {}).items()
+        }
         self.add_argument("--config", default=str(default_config), help="recipe to run, a YAML file")
         self.source = ""
 
@@ -70,7 +73,11 @@ class RecipeParser(HfArgumentParser):
                     f"{name} is not taken from a recipe or a command line, where others could read it: log in once "
                     "with `hf auth login`, or set the environment variable HF_TOKEN"
                 )
-        replaced = [key for name in self.replaces if _stands_in(name, argv) for key in self.replaces[name]]
+        argv, replaced = _without_nulls(argv)
+        for key in replaced:
+            if all(f"--{key}" not in action.option_strings for action in self._actions):
+                self._refuse_unknown(f"--{key}")
+        replaced |= {key for name in self.replaces if _stands_in(name, argv) for key in self.replaces[name]}
         file_argv = [text for key, value in from_file.items() if key not in replaced for text in _as_argv(key, value)]
         # The file alone, so that what is wrong in it is said of it; then the command line after it, which so wins.
         self.source = f"{config}: "
@@ -104,7 +111,26 @@ class RecipeParser(HfArgumentParser):
 
 
 def _stands_in(name: str, argv: list[str]) -> bool:
-    return any(text.split("=")[0].replace("-", "_") == f"__{name}" for text in argv)
+    return any(_key(text) == name for text in argv)
+
+
+def _key(text: str) -> str | None:
+    """The field that a flag such as --some-name=3 is for; None for a value."""
+    return text.split("=")[0].removeprefix("--").replace("-", "_") if text.startswith("--") else None
+
+
+def _without_nulls(argv: list[str]) -> tuple[list[str], set[str]]:
+    """The command line without `--key null` and `--key=null`, and the keys that these clear."""
+    kept: list[str] = []
+    cleared = set()
+    for text in argv:
+        if text == "null" and kept and _key(kept[-1]) and "=" not in kept[-1]:
+            cleared.add(_key(kept.pop()))
+        elif text.startswith("--") and text.endswith("=null"):
+            cleared.add(_key(text))
+        else:
+            kept.append(text)
+    return kept, cleared
 
 
 def _read_yaml(path: str) -> dict:

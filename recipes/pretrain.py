@@ -15,7 +15,8 @@ from llmkit.data.arguments import DataArguments
 from llmkit.data.prepare import prepare_pretraining_data
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import exit_on_user_error
-from llmkit.model.arguments import REPLACES, ModelArguments
+from llmkit.machine import set_up
+from llmkit.model.arguments import ModelArguments
 from llmkit.recipe_parser import RecipeParser
 from llmkit.sharing.hub import check_push
 from llmkit.training.arguments import PretrainArguments
@@ -33,9 +34,9 @@ def main():
     parser = RecipeParser(
         (DataArguments, ModelArguments, PretrainArguments),
         default_config=Path(__file__).with_name("pretrain_quickstart.yaml"),
-        replaces={**REPLACES, "text_files": ("sample_prompts",), "dataset_name": ("sample_prompts",)},
     )
     data_args, model_args, args = parser.parse(sys.argv[1:])
+    set_up(args)  # threads, memory, wandb: what a run wants of its process
     config = model_args.config()
     block_size = model_args.block_size or config.n_positions
     args.set_accumulation(block_size)
@@ -57,6 +58,8 @@ def main():
     )
     trainer.accelerator.print(shown(trainer.summary()))
     trainer.train(resume_from_checkpoint=resume_from)
+    if args.lr_schedule == "range_test":  # of `llmkit lr-find`: there is no model to keep
+        return
     if trainer.stopped:
         trainer.write_report()
         trainer.accelerator.print(trainer.stopped)

@@ -22,9 +22,11 @@ from llmkit.finetuning.adapters import (
     load_base_model,
     load_chat_tokenizer,
 )
+from llmkit.finetuning.arguments import SFTArguments
 from llmkit.finetuning.audit import audit, show_tokens
 from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
-from llmkit.finetuning.sft_trainer import ConversationTrainer, SFTArguments
+from llmkit.finetuning.sft_trainer import ConversationTrainer
+from llmkit.machine import set_up
 from llmkit.recipe_parser import RecipeParser
 from llmkit.sharing.hub import check_push
 from llmkit.training.checkpoints import checkpoint_to_resume
@@ -44,6 +46,7 @@ def main():
         default_config=Path(__file__).with_name("sft_qlora.yaml"),
     )
     data_args, adapter_args, args = parser.parse(sys.argv[1:])
+    set_up(args)
     resume_from = checkpoint_to_resume(args)
     check_run(args, load_base_config(adapter_args), args.max_length)
     check_push(args, adapter_args.model)
@@ -67,6 +70,8 @@ def main():
     say(dtype_ledger(trainer.model))
 
     trainer.train(resume_from_checkpoint=resume_from)
+    if args.lr_schedule == "range_test":  # of `llmkit lr-find`: there is no model to keep
+        return
     if trainer.stopped:
         trainer.write_report()
         say(trainer.stopped)

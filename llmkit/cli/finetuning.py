@@ -24,9 +24,9 @@ def add_commands(nouns) -> None:
 
 def _audit(args: argparse.Namespace) -> None:
     from llmkit.finetuning.adapters import AdapterArguments, load_chat_tokenizer
+    from llmkit.finetuning.arguments import SFTArguments
     from llmkit.finetuning.audit import Audit, audit, show_tokens
     from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
-    from llmkit.finetuning.sft_trainer import SFTArguments
     from llmkit.recipe_parser import RecipeParser
 
     parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)

@@ -1,7 +1,8 @@
 """`lr-find`: which learning rate a recipe wants, before it is run."""
 
 import argparse
-import tempfile
+import os
+import shutil
 from pathlib import Path
 
 from llmkit.errors import UserError
@@ -58,32 +59,27 @@ def _lr_find(args: argparse.Namespace) -> None:
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file: give a folder")
 
-    import warnings
+    from llmkit.runs.run import load_run
+    from llmkit.training.lr_finder import Step, draw, half_width, run_recipe, suggest, write_csv
 
-    import datasets
-    from transformers.utils.logging import disable_progress_bar
-
-    from llmkit.training.lr_finder import TESTS, draw, half_width, suggest, write_csv
-    from llmkit.training.optimizers import MUON
-
-    disable_progress_bar()
-    datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # as in recipes/sft_qlora.py
-
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = TESTS[kind](options.config, fields, options.num_steps, folder)
-        steps = trainer.test(options.min_lr, options.max_lr)
-    width, is_first = half_width(options.num_steps), trainer.is_world_process_zero()
+    folder = output / "run"  # one for all ranks, and gone at the end
+    is_first = os.environ.get("RANK", "0") == "0"
     if is_first:
-        output.mkdir(parents=True, exist_ok=True)
-        write_csv(steps, width, output / "lr_find.csv")
-    suggestion = suggest(steps, width)  # on every rank, which so ends with the same error
-    if is_first:
-        draw(steps, width, suggestion, name, output / "lr_find.png")
-        print(f"saved lr_find.csv and lr_find.png in {output}; for {options.config}:")
-        print(f"learning_rate: {suggestion:.1e}")
-        if trainer.args.optim == MUON:
-            muon = suggestion * trainer.args.muon_learning_rate / trainer.args.learning_rate
-            print(f"muon_learning_rate: {muon:.1e}")
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+        shutil.rmtree(folder, ignore_errors=True)
+    test = {"max_steps": options.num_steps, "output_dir": folder}
+    test |= {"range_test_min_lr": options.min_lr, "range_test_max_lr": options.max_lr}
+    run_recipe(Path(options.config), kind, fields, test)
+    if not is_first:
+        return
+    run = load_run(folder)
+    shutil.rmtree(folder)
+    steps = [Step(record["step"], record["learning_rate"], record["loss"]) for record in run.training]
+    width = half_width(options.num_steps)
+    write_csv(steps, width, output / "lr_find.csv")
+    suggestion = suggest(steps, width)
+    draw(steps, width, suggestion, name, output / "lr_find.png")
+    print(f"saved lr_find.csv and lr_find.png in {output}; for {options.config}:")
+    given = run.record["decisive"]
+    for field, value in given.items():
+        if field.endswith("learning_rate") and value is not None:  # muon_learning_rate keeps its ratio
+            print(f"{field}: {suggestion * value / given['learning_rate']:.1e}")

@@ -1,18 +1,25 @@
 """Where the text of a pretraining run comes from."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from llmkit.errors import UserError
 
 MIN_VOCAB_SIZE = 256 + 1  # of a byte-level BPE: every byte, and the end of text
 MAX_VOCAB_SIZE = 1 << 20  # four times the largest vocabulary in use; training one takes memory for each token
+# What belongs to a source of text: a recipe's prompts are beginnings of such text.
+SOURCE = ("text_files", "dataset_name", "dataset_config", "dataset_split", "text_column", "streaming", "data_dir")
+SOURCE += ("sample_prompts",)
 
 
 @dataclass
 class DataArguments:
     """Where the text comes from and how it becomes tokens. With no source given: the standard library's own code."""
+
+    # A source on the command line takes the place of the one in the recipe's file, with all that belongs to it.
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"text_files": SOURCE, "dataset_name": SOURCE}
 
     text_files: list[str] | None = field(
         default=None,

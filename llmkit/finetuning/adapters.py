@@ -7,7 +7,7 @@ import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
@@ -41,6 +41,9 @@ ADAPTER_FILES = ("*.json", SAFETENSORS_WEIGHTS_NAME, "merges.txt", "*.jinja", "t
 @dataclass
 class AdapterArguments:
     """The base model and the adapter that is trained on it."""
+
+    # What a resumed run has to have the same.
+    DECISIVE: ClassVar[set[str]] = {"model", "model_revision", "quantization", "lora_r", "lora_alpha", "lora_dropout"}
 
     model: str = field(default="microsoft/phi-2", metadata={"help": "A causal LM on the Hub, or its folder."})
     model_revision: str | None = field(default=None, metadata={"help": "Its commit or branch on the Hub."})
@@ -159,7 +162,7 @@ def check_run(args: TrainingArguments, config: PreTrainedConfig, max_length: int
     Raises:
         UserError: sharded training, float16 on Phi, or more tokens than the base has positions.
     """
-    if args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise UserError(
             "FSDP is not supported here: it cuts weights of one dtype, and 4-bit weights, bf16 embeddings and float32 "
             "adapters are three; the base fits on each GPU in 4 bits, so use accelerate_configs/multi_gpu.yaml (DDP)"

@@ -8,10 +8,11 @@ the chat template that is saved with the tokenizer. All other tokens are read, n
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import ClassVar
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
@@ -38,10 +39,15 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "\\n### Assistant:" }}{%- endif -%}"""
 
+SOURCE = ("data_files", "dataset_name", "dataset_config", "dataset_split", "validation_split", "text_column")
+
 
 @dataclass
 class ConversationArguments:
     """Where the conversations come from. With no source given: the docstrings of the standard library."""
+
+    # A source on the command line takes the place of the one in the recipe's file, with all that belongs to it.
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"data_files": SOURCE, "dataset_name": SOURCE}
 
     data_files: list[str] | None = field(
         default=None, metadata={"help": "Paths, globs or URLs of .jsonl or .parquet files, one conversation a row."}

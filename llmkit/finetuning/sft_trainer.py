@@ -1,9 +1,7 @@
 """TRL's SFTTrainer on conversations that are tokens and labels already: speed, logs, exact evaluation and resume."""
 
 import hashlib
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,67 +9,18 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
-from llmkit.errors import UserError
 from llmkit.finetuning.adapters import context_length
+from llmkit.finetuning.arguments import SFTArguments
 from llmkit.model.loss import IGNORE_INDEX, is_plain_head, linear_cross_entropy
-from llmkit.runs.record import JsonlLog, run_record
-from llmkit.runs.run import QUANTIZATION_CONFIG
-from llmkit.training.arguments import choose_precision, set_up_reporting, use_one_gpu
+from llmkit.runs.record import run_record
+from llmkit.runs.run import FINE_TUNING, QUANTIZATION_CONFIG
 from llmkit.training.base_trainer import ExactTrainer
-from llmkit.training.callbacks import Samples, Throughput
-from llmkit.training.compatibility import CheckpointingArguments
-from llmkit.training.reliability_arguments import ReliabilityArguments
-from llmkit.training.schedules import ScheduleArguments
-
-
-@dataclass
-class SFTArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArguments, SFTConfig):
-    """SFTConfig with what the machine is good for chosen by itself, and samples."""
-
-    sample_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "Questions answered before, during and after training."}
-    )
-    sample_tokens: int = field(default=128, metadata={"help": "Length of those answers, in tokens, if they go on."})
-
-    # Other defaults than SFTConfig's, each for a reason.
-    activation_checkpointing: bool | None = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass: slower by a fifth, far smaller."}
-    )
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step, to compare with."})
-    logging_first_step: bool = field(
-        default=True, metadata={"help": "Log the first step too, so that curves begin where the training does."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN losses. Off: it costs a synchronisation a step, and hides NaN."}
-    )
-    greater_is_better: bool | None = field(
-        default=False,
-        metadata={"help": "Of `metric_for_best_model`: all metrics of an evaluation are better if lower."},
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every adapter is used in every step, so DDP need not look."}
-    )
-
-    def __post_init__(self):
-        choose_precision(self)
-        super().__post_init__()
-        use_one_gpu(self)
-        set_up_reporting(self.report_to)
-        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.max_length is None or self.max_length < 2:
-            raise UserError(f"max_length={self.max_length}: give the number of tokens that an example is cut at")
-        if self.label_smoothing_factor:
-            raise UserError("label_smoothing_factor is not supported: the loss never makes the logits it smooths")
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        """Of the frozen weights outside the linear layers, and of the products with them."""
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.mixed_precision, torch.float32)
+from llmkit.training.callbacks import Throughput
+from llmkit.training.schedules import decisive_length
 
 
 class ConversationTrainer(ExactTrainer, SFTTrainer):
@@ -104,17 +53,31 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
     ):
         # Generation stops at the token that is trained to end an answer, whatever the base was told.
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
-        # GPT-2 takes the end tokens within packed rows for padding, and warns of it.
-        logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-        self.throughput = Throughput(tokens_before=None, flops_per_token=0, peak=None)
+        data = {
+            "description": description,
+            "fingerprint": _fingerprint(train_rows),
+            "conversations": len(train_rows),
+            "validation_conversations": len(eval_rows),
+        }
+        # The same rows make a step, however they are shared out.
+        factors = "per_device_train_batch_size x gradient_accumulation_steps x ranks"
+        rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        decisive = decisive_length(args) | {factors: rows}
+        record = run_record(FINE_TUNING, args, model, data, source, decisive)
+        # Else accelerate takes the order of the rows from each rank's own random state.
+        args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(
             model,
             args,
+            record=record,
+            throughput=Throughput(tokens_before=None, flops_per_token=0, peak=None),
+            prompts=[_as_prompt(question, tokenizer) for question in args.sample_prompts],
+            context=context_length(model.config),
+            add_special_tokens=False,  # the template has put them there
+            processing_class=tokenizer,
             train_dataset=train_rows.filter(_has_targets, fn_kwargs={"max_length": args.max_length}),
             eval_dataset=eval_rows.filter(_has_targets, fn_kwargs={"max_length": args.max_length}),
-            processing_class=tokenizer,
             peft_config=lora_config,
-            callbacks=[self.throughput],
         )
         # SFTTrainer makes the adapters of a quantized base bfloat16, and that loses their small updates: on the
         # quickstart's base, at 2e-4 with a cosine, a step left 20% of the A weights as they were in the first half of
@@ -123,25 +86,6 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        data = {
-            "description": description,
-            "fingerprint": _fingerprint(train_rows),
-            "conversations": len(train_rows),
-            "validation_conversations": len(eval_rows),
-        }
-        self.record = run_record(args, model, data, source)
-        log = JsonlLog(args.output_dir, self.record)
-        self.add_callback(log)
-        if args.sample_prompts:
-            prompts = [
-                tokenizer.apply_chat_template(
-                    [{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False
-                )
-                for prompt in args.sample_prompts
-            ]
-            context = context_length(model.config)
-            samples = Samples(tokenizer, prompts, args.sample_tokens, context, log, add_special_tokens=False)
-            self.add_callback(samples)
         self.has_plain_head = has_plain_head(model)
         self.is_quantized = any(isinstance(module, Linear4bit) for module in model.modules())
         self.tokens_since_log = 0
@@ -179,7 +123,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         num_items = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         loss = linear_cross_entropy(hidden, head.weight, labels[trained], num_items, head.bias)
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+        if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP's mean over ranks becomes the sum that is divided
         return loss
 
@@ -194,12 +138,10 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
             dataset = concatenate_datasets([dataset] + [filler] * missing)
         return super().get_eval_dataloader(dataset)
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Notes the batch's summed loss and its number of targets for `evaluation_loop`; returns nothing to gather."""
-        loss, _, _ = super().prediction_step(model, inputs, True, ignore_keys)
+    def sum_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss, _, _ = SFTTrainer.prediction_step(self, model, inputs, prediction_loss_only=True)
         targets = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss.device)
-        self.eval_sums.append(torch.stack([loss * targets, targets]))
-        return None, None, None
+        return torch.stack([loss * targets, targets])
 
     # Logging and saving
 
@@ -234,6 +176,12 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 def _has_targets(row: dict[str, list[int]], max_length: int) -> bool:
     """Whether something is left to train on where the row is cut. (TRL leaves out the others only without packing.)"""
     return any(label != IGNORE_INDEX for label in row["labels"][1:max_length])
+
+
+def _as_prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The question as the model is asked it, up to where its answer begins."""
+    messages = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
 def _num_tokens(batch: dict[str, torch.Tensor]) -> int:

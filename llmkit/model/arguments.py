@@ -1,7 +1,9 @@
 """The model that a recipe describes: its shape, or the checkpoint it starts from."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -12,14 +14,18 @@ from llmkit.errors import UserError
 from llmkit.model.configuration_gpt2 import GPT2Config
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 
-# A preset or a checkpoint on the command line takes the place of the shape that stands in the recipe's file.
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
-REPLACES = {"preset": SHAPE, "init_from": SHAPE}
 
 
 @dataclass
 class ModelArguments:
     """The model's shape: a preset's, or its own where stated."""
+
+    # A preset or a checkpoint on the command line takes the place of a shape, or the other one, in the recipe's file.
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "preset": ("init_from", *SHAPE),
+        "init_from": ("preset", *SHAPE),
+    }
 
     preset: str | None = field(default=None, metadata={"help": "124M, 355M, 774M, 1558M or gpt3-125M."})
     init_from: str | None = field(

@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -19,40 +21,41 @@ from llmkit.files import write_whole
 from llmkit.machine import device_name
 from llmkit.runs.run import LOG, read_log
 
+# Of a model's configuration: what differs without making it another model.
+NO_DIFFERENCE = {"transformers_version", "dtype", "_name_or_path", "n_ctx"}
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "bitsandbytes")
 
 
-# What a resumed run cannot change. Some would give it other batches; the optimizer's own settings come back with its
-# state, so that others would be ignored; the rest is its schedule. How long it goes on is not among them, nor is
-# wsd_decay_steps: a wsd run is made to be gone on with from before its decay.
-DECISIVE = ("total_batch_tokens", "seed", "data_seed", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2")
-DECISIVE += ("adam_epsilon", "optim", "muon_learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio")
-DECISIVE += ("decay_until_step", "batch_ramp_start", "batch_ramp_tokens")
-# Except that torch's OneCycleLR keeps its length in its state.
-DECISIVE_FOR_ONE_CYCLE = ("max_steps", "num_train_epochs")
-
-
-def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict, source: Sequence = ()) -> dict:
-    """What is known of a run before its first step: arguments (`defaults` where not given), model, data, machine.
+def run_record(
+    kind: str,
+    args: TrainingArguments,
+    model: PreTrainedModel,
+    data: dict,
+    source: Sequence,
+    decisive: Mapping[str, object],
+) -> dict:
+    """What is known of a run before its first step: its arguments, model, data, machine and code.
 
     Args:
+        kind: `PRETRAINING` or `FINE_TUNING`.
+        args: those that were given are recorded as `arguments`, the others as `defaults`.
         data: the description, the fingerprint and the sizes of what is trained on.
         source: the dataclasses that say where data and model came from.
+        decisive: what follows from several arguments and cannot change when a run is resumed, by its name.
     """
-    arguments = {key: value.value if isinstance(value, Enum) else value for key, value in vars(args).items()}
     plain = (bool, int, float, str, list, dict, type(None))
     arguments = {
-        f.name: arguments[f.name]
+        f.name: _plain(getattr(args, f.name))
         for f in dataclasses.fields(args)
-        if isinstance(arguments[f.name], plain) and not f.name.endswith("_token")  # a secret
+        if isinstance(_plain(getattr(args, f.name)), plain) and not f.name.endswith("_token")  # a secret
     }
     changed = changed_arguments(args)
-    decisive = DECISIVE + (DECISIVE_FOR_ONE_CYCLE if args.lr_schedule == "one_cycle" else ())
     return {
+        "kind": kind,
         "arguments": {key: value for key, value in arguments.items() if key in changed},
         "defaults": {key: value for key, value in arguments.items() if key not in changed},
         "source": {key: value for part in source for key, value in changed_arguments(part).items()},
-        "decisive": {key: arguments[key] for key in decisive if key in arguments},
+        "decisive": decisive_arguments(args, *source) | dict(decisive),
         "model": {
             "parameters": model.num_parameters(),
             "attention": model.config._attn_implementation,
@@ -61,7 +64,55 @@ def run_record(args: TrainingArguments, model: PreTrainedModel, data: dict, sour
         "data": data,
         "machine": {"device": device_name(args.device), "ranks": args.world_size, "cpus": os.cpu_count()},
         "versions": {"llmkit": llmkit.__version__} | {name: version(name) for name in PACKAGES if find_spec(name)},
+        "code": code_version(),
+        "command": command_line(),
     }
+
+
+def decisive_arguments(*parts) -> dict:
+    """What a resumed run cannot change, of some dataclasses: the fields that each class names in `DECISIVE`.
+
+    Some would give the run other batches or another objective; the optimizer's own come back with its state, so that
+    others would be ignored; the rest is its schedule.
+    """
+    return {
+        name: _plain(getattr(part, name))
+        for part in parts
+        for kind in type(part).__mro__
+        for name in sorted(vars(kind).get("DECISIVE", ()))
+    }
+
+
+def _plain(value):
+    return value.value if isinstance(value, Enum) else value
+
+
+def code_version() -> dict | None:
+    """The commit of llmkit's code, and whether a tracked file was changed; None where it is no git checkout."""
+    checkout = Path(llmkit.__file__).parents[1]
+    if not (checkout / ".git").exists():
+        return None
+    try:
+        commit, changes = (
+            subprocess.run(
+                ["git", "-C", str(checkout), *command], capture_output=True, text=True, check=True, timeout=10
+            ).stdout.strip()
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit, "changed": bool(changes)}
+
+
+def command_line() -> list[str]:
+    """How this process was called, without secrets: `--hub_token X` and the like."""
+    shown, hide = [], False
+    for text in sys.argv:
+        name, equals, _ = text.partition("=")
+        is_secret = name.startswith("-") and name.replace("-", "_").endswith("_token")
+        shown.append("***" if hide else f"{name}=***" if is_secret and equals else text)
+        hide = is_secret and not equals
+    return shown
 
 
 def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
@@ -98,11 +149,17 @@ def check_resume(checkpoint: str | Path, run: dict) -> None:
             f"{checkpoint} was trained on other data ({was['data']['description']}) than what it would be resumed on "
             f"({run['data']['description']}): give the same source and data_dir"
         )
-    found = was["decisive"] | was["model"]["config"]
-    for key, value in json.loads(json.dumps(run["decisive"] | run["model"]["config"])).items():
-        if key not in ("transformers_version", "dtype", "n_ctx") and found.get(key) != value:
+    now = json.loads(json.dumps(run))
+    # An earlier version of llmkit may have written down fewer arguments; of a model's configuration, what is left out
+    # has its default.
+    before, after = was["decisive"], now["decisive"]
+    compared = {key: (before[key], after[key]) for key in after if key in before}
+    before, after = was["model"]["config"], now["model"]["config"]
+    compared |= {key: (before.get(key), after.get(key)) for key in before | after if key not in NO_DIFFERENCE}
+    for key, (value_before, value) in compared.items():
+        if value_before != value:
             raise UserError(
-                f"{checkpoint} would be resumed with {key}={value}, and its run had {found.get(key)}: give the run's "
+                f"{checkpoint} would be resumed with {key}={value}, and its run had {value_before}: give the run's "
                 "own setting, or start another run from its weights"
             )
 

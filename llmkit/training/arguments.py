@@ -1,29 +1,34 @@
 """The arguments of a pretraining run: TrainingArguments and what is ours."""
 
-import math
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
-from transformers.utils import is_torch_tf32_available
 
 from llmkit.errors import UserError
-from llmkit.machine import bf16_is_fast, set_up_cpu
 from llmkit.training.batch_ramp import Batches
-from llmkit.training.compatibility import CheckpointingArguments
+from llmkit.training.inherited_arguments import REFUSED
 from llmkit.training.optimizers import OptimizerArguments, is_fully_sharded
-from llmkit.training.reliability_arguments import ReliabilityArguments
-from llmkit.training.schedules import ScheduleArguments
+from llmkit.training.run_arguments import RunArguments, device_type
+
+_ONE_PASS = "to Trainer a run is one pass over its batches, so there is no end of an epoch: give steps"
+_WINDOWS = "the batches are windows of one length, all full, in an order that follows from the seed"
 
 
 @dataclass
-class PretrainArguments(
-    ScheduleArguments, OptimizerArguments, ReliabilityArguments, CheckpointingArguments, TrainingArguments
-):
+class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
     """TrainingArguments with the batch stated in tokens, and with what the machine is good for chosen by itself."""
+
+    REFUSED: ClassVar[Mapping[str, str]] = REFUSED | {
+        "dataloader_drop_last": _WINDOWS,
+        "dataloader_persistent_workers": "a run is one pass of its loader, whose workers live as long as it does",
+        "gradient_accumulation_steps": "it is derived from total_batch_tokens",
+        "train_sampling_strategy": _WINDOWS,
+    }
+    DECISIVE: ClassVar[set[str]] = {"total_batch_tokens", "batch_ramp_start", "batch_ramp_tokens"}
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")
 
     total_batch_tokens: int = field(
         default=524_288, metadata={"help": "Tokens per step over all ranks; accumulation is derived."}
@@ -53,50 +58,27 @@ class PretrainArguments(
     )
     sample_tokens: int = field(default=64, metadata={"help": "Length of those samples, in tokens."})
 
-    # Chosen from the machine where not stated.
-    bf16: bool | None = field(default=None, metadata={"help": "bfloat16 autocast; default: where it is fast."})
     torch_compile: bool | None = field(default=None, metadata={"help": "torch.compile; default: on NVIDIA GPUs."})
-
-    # Other defaults than Trainer's, each for a reason.
-    logging_first_step: bool = field(
-        default=True, metadata={"help": "Log the first step too: its loss is that of an untrained model."}
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Hide NaN losses. Off: it costs a synchronisation a step, and hides NaN."}
-    )
-    greater_is_better: bool | None = field(
-        default=False,
-        metadata={"help": "Of `metric_for_best_model`: all metrics of an evaluation are better if lower."},
-    )
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every parameter is used in every step, so DDP need not look."}
-    )
     use_cache: bool = field(
         default=True, metadata={"help": "Saved in config.json for generation; training with targets makes no cache."}
     )
 
     def __post_init__(self):
-        device_type = choose_precision(self)
+        on_cuda = device_type(self) == "cuda"
+        compiles = self.torch_compile_backend or self.torch_compile_mode
+        if self.torch_compile is False and compiles:
+            raise UserError(f"torch_compile: false, and {compiles} for torch.compile: set one of them")
         if self.torch_compile is None:
-            self.torch_compile = device_type == "cuda"
-        if self.accelerator_config is None and device_type == "cuda":
+            self.torch_compile = on_cuda or bool(compiles)
+        if self.accelerator_config is None and on_cuda:
             # From pinned memory: otherwise each batch waits for the GPU to finish what it has queued.
             self.accelerator_config = {"non_blocking": True}
+        for name in ("eval_strategy", "logging_strategy", "save_strategy"):
+            if getattr(self, name) == "epoch":
+                raise UserError(f"{name}: epoch is not supported: {_ONE_PASS}")
         super().__post_init__()
-        use_one_gpu(self)
-        batch_sizes = ("total_batch_tokens", "per_device_train_batch_size", "per_device_eval_batch_size")
-        for name in (*batch_sizes, "sample_tokens"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)}: must be at least 1")
-        if self.max_steps == 0 or (self.max_steps < 0 and not 0 < self.num_train_epochs < math.inf):
-            raise UserError("nothing to train: give max_steps of 1 or more, or num_train_epochs above 0")
-        if not (self.learning_rate >= 0 and self.seed >= 0 and (self.data_seed or 0) >= 0):
-            raise UserError("learning_rate, seed and data_seed cannot be negative")
-        set_up_reporting(self.report_to)
-        if self.gradient_accumulation_steps != 1:
-            raise UserError("gradient_accumulation_steps is derived from total_batch_tokens: leave it out")
-        if self.label_smoothing_factor:
-            raise UserError("label_smoothing_factor is not supported: the loss never makes the logits it smooths")
+        if self.total_batch_tokens < 1:
+            raise UserError(f"total_batch_tokens={self.total_batch_tokens}: must be at least 1")
         self._check_watching()
         if (self.batch_ramp_start is None) != (self.batch_ramp_tokens is None):
             raise UserError("batch_ramp_start and batch_ramp_tokens belong together: give both or none")
@@ -159,44 +141,3 @@ class PretrainArguments(
             start=(self.batch_ramp_start or self.total_batch_tokens) // block_size,
             ramp=(self.batch_ramp_tokens or 0) // block_size,
         )
-
-
-def choose_precision(args: TrainingArguments) -> str:
-    """Set what is not stated, `use_cpu`, `bf16` and `tf32`, from the machine, and set up its CPU if it trains on that.
-
-    Returns:
-        The type of the device that will be trained on.
-    """
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    args.use_cpu = args.use_cpu or device.type == "cpu"
-    device_type = "cpu" if args.use_cpu else device.type
-    if args.bf16 is None:
-        args.bf16 = not args.fp16 and bf16_is_fast(device_type)
-    if args.tf32 is None and device_type == "cuda" and is_torch_tf32_available():
-        args.tf32 = True
-    if args.use_cpu:
-        set_up_cpu()
-    return device_type
-
-
-def use_one_gpu(args: TrainingArguments) -> None:
-    """Keep a process to its GPU: one that was started alone would get all of them, and Trainer its nn.DataParallel."""
-    if args.n_gpu > 1:
-        # private: the one place where TrainingArguments holds the number; there is no argument for it.
-        args._n_gpu = 1
-
-
-def set_up_reporting(report_to: list[str]) -> None:
-    """Refuse a logging service that is not there, before anything is written, and let wandb work without a login.
-
-    Where nobody is logged in, wandb writes under ./wandb for a later `wandb sync`, in place of an error.
-    """
-    available = get_available_reporting_integrations()
-    if missing := [name for name in report_to if name not in available]:
-        raise UserError(f"report_to={missing[0]} is not installed here: choose from {', '.join(available)} and none")
-    if "wandb" in report_to and "WANDB_MODE" not in os.environ:
-        import wandb
-
-        if not wandb.login(prompt=False, verify=False):
-            os.environ["WANDB_MODE"] = "offline"
-            wandb.teardown()  # it reads its environment once, and has just done so

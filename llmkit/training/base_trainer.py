@@ -1,45 +1,84 @@
 """What pretraining and fine-tuning want of Trainer alike: exact evaluation, honest resuming, no harm from NaN."""
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, ProgressCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    TrainingArguments,
+)
 from transformers.trainer_utils import EvalLoopOutput, HubStrategy
 
 from llmkit.console import say
 from llmkit.errors import UserError
 from llmkit.evaluation.held_out import loss_metrics
-from llmkit.runs.record import check_resume
+from llmkit.runs.record import JsonlLog, check_resume
 from llmkit.runs.report import write_report
 from llmkit.sharing.hub import RunPusher
-from llmkit.training.callbacks import ProgressLine
+from llmkit.training.callbacks import ProgressLine, Samples, StepsOfArguments, Throughput
+from llmkit.training.lr_finder import RangeTest
 from llmkit.training.monitoring import ResourceUse
 from llmkit.training.nonfinite import StepGuard
 from llmkit.training.ranks import RankLost, lost_rank
 from llmkit.training.saving import ResumedState, WholeCheckpoints
-from llmkit.training.schedules import check_schedule, create_schedule
+from llmkit.training.schedules import RANGE_TEST, check_schedule, create_schedule
 from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, keep_workers
 
 
 class ExactTrainer(WholeCheckpoints):
     """A base for Trainer and its subclasses: `class MyTrainer(ExactTrainer, SFTTrainer)`.
 
-    `prediction_step` of the subclass appends (nats, targets) of each batch to `self.eval_sums` and returns nothing to
-    gather; `self.record` is the run's record, which a checkpoint to resume has to fit.
+    A subclass says how the loss of a validation batch is summed (`sum_loss`), and where its steps stand in the
+    schedule if they are not full batches (`schedule_position`), and how many tokens a byte of its text has
+    (`tokens_per_byte`).
+
+    Args:
+        model, args: as Trainer's.
+        record: the run's (`run_record`): it heads the log, and a checkpoint to resume has to fit it.
+        throughput: what measures the run's speed.
+        prompts: texts that are continued at each evaluation.
+        context: the model's context length in tokens.
+        add_special_tokens: whether prompts get the tokenizer's own, as its BOS.
+        **others: Trainer's, or those of the other base.
+
+    Raises:
+        UserError: a prompt that leaves no room in the context.
     """
 
-    record: dict
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        record: dict,
+        throughput: Throughput,
+        prompts: Sequence[str],
+        context: int,
+        processing_class: PreTrainedTokenizerBase,
+        add_special_tokens: bool = True,
+        **others,
+    ):
+        log = JsonlLog(args.output_dir, record)
+        callbacks = [throughput, log]
+        if prompts:
+            length = args.sample_tokens
+            callbacks.append(Samples(processing_class, prompts, length, context, log, add_special_tokens))
+        super().__init__(model, args, processing_class=processing_class, callbacks=callbacks, **others)
+        self.record, self.throughput = record, throughput
         self.evaluated_step = -1
         self.eval_sums: list[torch.Tensor] = []
         self.pusher = RunPusher(self.args) if self.args.push_to_hub else None
         self.args.hub_token = None  # Trainer pickles its arguments beside each checkpoint
+        self.add_callback(StepsOfArguments)
         self.add_callback(ResumedState)
         self.guard = StepGuard(self.accelerator, self.log, self.describe_micro_batch)
-        self.add_callback(self.guard)
+        # A range test goes on until its loss diverges.
+        self.add_callback(RangeTest if args.lr_schedule == RANGE_TEST else self.guard)
         self.stop_on_request = StopOnRequest()
         self.add_callback(self.stop_on_request)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
@@ -126,6 +165,16 @@ class ExactTrainer(WholeCheckpoints):
             self.evaluated_step = self.state.global_step
             self.write_live_report()
         return self.metrics
+
+    def sum_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The summed loss of a validation batch in nats, and its number of targets: a tensor of these two."""
+        raise NotImplementedError
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Notes the batch's sums for `evaluation_loop`, and returns no predictions to gather."""
+        with torch.no_grad():
+            self.eval_sums.append(self.sum_loss(model, inputs))
+        return None, None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
         """Trainer's loop, with the loss weighted by tokens over all batches and ranks (Trainer averages batches)."""

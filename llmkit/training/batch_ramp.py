@@ -36,11 +36,6 @@ class Batches:
     def num_steps(self) -> int:
         return len(self.step_sizes)
 
-    @property
-    def micro_batch_sizes(self) -> set[int]:
-        steps, m = np.unique(self.step_sizes).tolist(), self.micro_batches
-        return {size for step in steps for size in (step // m, -(-step // m))}
-
     def windows_before(self, step: int) -> int:
         """Windows that were trained when `step` steps were done."""
         return int(self.ends[min(step, self.num_steps)])

@@ -73,11 +73,19 @@ class Throughput(TrainerCallback):
         return {"tokens_per_second": speed, **mfu}
 
 
+class StepsOfArguments(TrainerCallback):
+    """Logs, evaluates and saves as the arguments say; a resumed run of Trainer's does so as its checkpoint says."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
 class ProgressLine(TrainerCallback):
     """A progress bar where there is a terminal, and a line per log that a person can read."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        disable = None if state.is_world_process_zero else True  # None: only where stderr is not a terminal
+        # None: only where stderr is not a terminal
+        disable = True if args.disable_tqdm or not state.is_world_process_zero else None
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=disable)
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,40 +1,21 @@
 """A learning-rate range test (Smith 2015, https://arxiv.org/abs/1506.01186): which learning rate a recipe wants.
 
-A copy of the run, with its own weights, batches and optimizer, is trained for some steps while the learning rate grows
-exponentially, until the loss diverges; `suggest` reads a good one off the curve.
+The recipe itself is run with `lr_schedule: range_test` for some steps, in which the learning rate grows exponentially,
+until the loss diverges; `suggest` reads a good one off the curve.
 """
 
 import csv
 import math
+import runpy
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from matplotlib.figure import Figure
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+from transformers import TrainerCallback
 
-from llmkit.data.arguments import DataArguments
-from llmkit.data.prepare import prepare_pretraining_data
-from llmkit.data.windows import TokenWindows
+import llmkit
 from llmkit.errors import UserError
-from llmkit.finetuning.adapters import (
-    AdapterArguments,
-    check_run,
-    load_base_config,
-    load_base_model,
-    load_chat_tokenizer,
-)
-from llmkit.finetuning.audit import audit
-from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
-from llmkit.finetuning.sft_trainer import ConversationTrainer, SFTArguments
-from llmkit.model.arguments import REPLACES, ModelArguments
-from llmkit.recipe_parser import RecipeParser
-from llmkit.training.arguments import PretrainArguments
-from llmkit.training.base_trainer import ExactTrainer
-from llmkit.training.pretrain_trainer import PretrainTrainer
 
 # The curve is smoothed over this part of it to each side: a quarter of a decade, where the test is over five.
 WINDOW = 0.05
@@ -51,33 +32,17 @@ class Step:
     loss: float
 
 
-class RangeTest(ExactTrainer):
-    """A base for a Trainer whose run is the test: `class Test(RangeTest, PretrainTrainer)`.
+class RangeTest(TrainerCallback):
+    """Ends a run when its loss diverges."""
 
-    It replaces the schedule, and takes what is logged for itself: nothing of it reaches a file or a service.
-    """
+    def __init__(self):
+        self.losses: list[float] = []
 
-    def test(self, min_lr: float, max_lr: float) -> list[Step]:
-        """Train until the loss diverges, or all of `max_steps` are done. All ranks get the same steps."""
-        # The learning rate of each step, equally spaced in its logarithm.
-        self.rates = torch.logspace(math.log10(min_lr), math.log10(max_lr), self.args.max_steps, dtype=torch.double)
-        self.steps: list[Step] = []
-        self.train()
-        return self.steps
-
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Each group of the optimizer keeps its ratio to `learning_rate`."""
-        factors = [*(self.rates / self.args.learning_rate).tolist(), 0.0]  # the last is for after the last step
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factors.__getitem__)
-        return self.lr_scheduler
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" not in logs:
-            return
-        step = self.state.global_step
-        self.steps.append(Step(step, self.rates[step - 1].item(), logs["loss"]))
-        if has_diverged([step.loss for step in self.steps], half_width(self.args.max_steps)):
-            self.control.should_training_stop = True
+    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):
+        if "loss" in logs:
+            self.losses.append(logs["loss"])
+            if has_diverged(self.losses, half_width(state.max_steps)):
+                control.should_training_stop = True
 
 
 def half_width(num_steps: int) -> int:
@@ -130,59 +95,52 @@ def suggest(steps: list[Step], half_width: int) -> float:
     return next(step.learning_rate for step, loss in zip(finite, smoothed, strict=True) if loss <= limit)
 
 
-class PretrainRangeTest(RangeTest, PretrainTrainer):
-    """The test of a pretraining recipe."""
-
-
-class ConversationRangeTest(RangeTest, ConversationTrainer):
-    """The test of a fine-tuning recipe."""
-
-
-def pretraining_test(recipe: str, fields: list[str], num_steps: int, folder: str) -> PretrainRangeTest:
-    """The trainer that recipes/pretrain.py makes, for so many steps that leave nothing behind."""
-    parser = RecipeParser((DataArguments, ModelArguments, PretrainArguments), recipe, REPLACES)
-    data_args, model_args, args = parser.parse(fields)
-    block_size = model_args.block_size or model_args.config().n_positions
-    args.batch_ramp_start = args.batch_ramp_tokens = None  # the learning rate is the full batch's
-    args.monitor_steps = args.hellaswag_steps = 0
-    args.set_accumulation(block_size)
-    leave_nothing(args, num_steps, folder)
-    tokenizer, manifest = prepare_pretraining_data(data_args)
-    windows = [TokenWindows(manifest, split, block_size) for split in ("train", "validation")]
-    return PretrainRangeTest(model_args.model(tokenizer, args.seed), args, *windows, processing_class=tokenizer)
-
-
-def fine_tuning_test(recipe: str, fields: list[str], num_steps: int, folder: str) -> ConversationRangeTest:
-    """The trainer that recipes/sft_qlora.py makes, for so many steps that leave nothing behind."""
-    parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), recipe)
-    data_args, adapter_args, args = parser.parse(fields)
-    check_run(args, load_base_config(adapter_args), args.max_length)
-    leave_nothing(args, num_steps, folder)
-    tokenizer = load_chat_tokenizer(adapter_args)
-    train, validation = load_conversations(data_args)
-    rows, validation_rows = encode_all(train, tokenizer), encode_all(validation, tokenizer)
-    audit(train, rows, tokenizer, args.max_length).check()
-    model = load_base_model(adapter_args, args.compute_dtype, args.device)
-    lora_config = adapter_args.lora_config(model)
-    return ConversationRangeTest(model, args, lora_config, rows, validation_rows, tokenizer, train.description)
-
-
 # D6: a recipe's file is named after its script.
-TESTS = {"pretrain": pretraining_test, "sft": fine_tuning_test}
+SCRIPTS = {"pretrain": "pretrain.py", "sft": "sft_qlora.py"}
+# What makes any recipe a test that leaves nothing behind but its log.
+TEST = {"lr_schedule": "range_test", "warmup_steps": "0", "min_lr_ratio": "0", "decay_until_step": "null"}
+TEST |= {"logging_strategy": "steps", "logging_steps": "1", "report_to": "none", "sample_prompts": "null"}
+TEST |= {"eval_strategy": "no", "eval_on_start": "false", "save_strategy": "no", "load_best_model_at_end": "false"}
+TEST |= {"push_to_hub": "false", "resume_from_checkpoint": "null"}
+TEST_OF_KIND = {
+    # The learning rate is the full batch's.
+    "pretrain": {"batch_ramp_start": "null", "batch_ramp_tokens": "null", "monitor_steps": "0", "hellaswag_steps": "0"}
+    | {"hellaswag_file": "null", "hellaswag_questions": "null"},
+    "sft": {},
+}
 
 
-def leave_nothing(args: TrainingArguments, num_steps: int, folder: str) -> None:
-    """Log each step, and nowhere but here; neither evaluate nor save.
+def find_script(config: Path, kind: str) -> Path:
+    """The script that a recipe's file is for: beside it, in ./recipes, or in llmkit's checkout.
 
-    Set after the recipe was read and checked, for its own steps and schedule are not to be checked against these.
+    Raises:
+        UserError: it is in none of them.
     """
-    if args.learning_rate == 0:
-        raise UserError("learning_rate=0: the test scales the recipe's learning rate, so give it one above 0")
-    args.output_dir, args.max_steps = folder, num_steps
-    args.logging_strategy, args.logging_steps = IntervalStrategy.STEPS, 1
-    args.eval_strategy, args.save_strategy, args.eval_on_start = IntervalStrategy.NO, SaveStrategy.NO, False
-    args.report_to, args.push_to_hub, args.sample_prompts = [], False, []
-    args.load_best_model_at_end = False
+    places = [config.parent, Path("recipes"), Path(llmkit.__file__).parents[1] / "recipes"]
+    for place in places:
+        if (script := place / SCRIPTS[kind]).is_file():
+            return script
+    raise UserError(
+        f"config={config}: its script {SCRIPTS[kind]} is not beside it and not in ./recipes: run this in a checkout "
+        "of llmkit, or copy the script"
+    )
+
+
+def run_recipe(config: Path, kind: str, fields: list[str], test: dict[str, object]) -> None:
+    """Run a recipe's script in this process as a range test.
+
+    Args:
+        fields: of the command line, which win over the file.
+        test: what wins over both: the length of the test, its learning rates and its folder.
+    """
+    script = find_script(config, kind)
+    flags = [f"--{name}={value}" for name, value in (TEST | TEST_OF_KIND[kind] | test).items()]
+    before = sys.argv
+    sys.argv = [str(script), "--config", str(config), *fields, *flags]
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 def write_csv(steps: list[Step], half_width: int, path: Path) -> None:
@@ -197,6 +155,8 @@ def write_csv(steps: list[Step], half_width: int, path: Path) -> None:
 
 def draw(steps: list[Step], half_width: int, suggestion: float, title: str, path: Path) -> None:
     """The loss over the learning rate, raw and smoothed, with the suggestion."""
+    from matplotlib.figure import Figure
+
     steps = [step for step in steps if math.isfinite(step.loss)]
     rates, losses = [step.learning_rate for step in steps], [step.loss for step in steps]
     figure = Figure(figsize=(7, 4.2), layout="constrained")

@@ -17,6 +17,7 @@ LayerNorms and biases, as nanoGPT has it.
 import os
 from collections.abc import Collection
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch.optim import AdamW, Muon, Optimizer
 from transformers import PreTrainedModel, TrainingArguments
@@ -29,6 +30,8 @@ MUON = "muon"
 @dataclass
 class OptimizerArguments:
     """For PretrainArguments: `optim` knows one optimizer more than TrainingArguments."""
+
+    DECISIVE: ClassVar[set[str]] = {"muon_learning_rate"}
 
     optim: str = field(
         default="adamw_torch_fused",
@@ -58,6 +61,12 @@ class OptimizerArguments:
             raise UserError("optim_args is not for optim: muon: leave it out")
         if is_fully_sharded(self):
             raise UserError("optim: muon needs whole matrices, and FSDP shards them: take DDP, or another optim")
+
+    def describe_optimizer(self) -> str:
+        """The optimizer and its settings, as in "adamw_torch_fused, lr 0.0006, weight decay 0.1, clip 1"."""
+        name = f"muon, lr {self.muon_learning_rate:g}, and adamw" if self.optim == MUON else self.optim.value
+        rest = f"weight decay {self.weight_decay:g}, clip {self.max_grad_norm:g}"
+        return f"{name}, lr {self.learning_rate:g}, {rest}"
 
 
 def is_fully_sharded(args: TrainingArguments) -> bool:
@@ -113,6 +122,25 @@ def create_muon(model: PreTrainedModel, args: TrainingArguments, decayed: Collec
         fused=True,
     )
     muon = Muon(
-        matrices, lr=args.muon_learning_rate, weight_decay=args.weight_decay, adjust_lr_fn="match_rms_adamw"
+        [{"params": matrices, "name": MUON}],
+        lr=args.muon_learning_rate,
+        weight_decay=args.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
     )  # momentum 0.95, Nesterov, 5 iterations: the defaults, and Jordan's
     return MuonWithAdamW(adamw, muon)
+
+
+# The values of `optim` that Trainer does not know, and what makes each: of the model, the arguments and the names of
+# the parameters that have weight decay.
+OPTIMIZERS = {MUON: create_muon}
+
+
+def named_learning_rates(optimizer: Optimizer, learning_rate: float, peak: float) -> dict[str, float]:
+    """The rates to be logged beside Trainer's one, `lr/NAME`: of the parameter groups that have a name.
+
+    Args:
+        learning_rate: the one that was logged, of the step that was done.
+        peak: the highest one that it reaches.
+    """
+    named = [group for group in optimizer.param_groups if "name" in group]
+    return {f"lr/{group['name']}": learning_rate * group["initial_lr"] / peak for group in named}

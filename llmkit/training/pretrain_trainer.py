@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
-import torch._dynamo.config
 import transformers
 from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import nn
 from torch.utils.data import DataLoader
 
 from llmkit.data.lookup import documents_of
@@ -16,13 +16,14 @@ from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
 from llmkit.machine import device_name, peak_flops
 from llmkit.model.loss import IGNORE_INDEX
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
-from llmkit.runs.record import JsonlLog, run_record, windows_record
+from llmkit.runs.record import run_record, windows_record
+from llmkit.runs.run import PRETRAINING
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.base_trainer import ExactTrainer
-from llmkit.training.callbacks import Samples, Throughput
+from llmkit.training.callbacks import Throughput
 from llmkit.training.monitoring import HellaSwagInTraining, ParameterMonitor
-from llmkit.training.optimizers import MUON, create_muon, is_fully_sharded
-from llmkit.training.schedules import describe_schedule
+from llmkit.training.optimizers import OPTIMIZERS, is_fully_sharded, named_learning_rates
+from llmkit.training.schedules import decisive_length, describe_schedule
 from llmkit.training.stopping import leave_signals_to_the_run
 
 
@@ -63,36 +64,31 @@ class PretrainTrainer(ExactTrainer):
         if args.max_steps == -1:
             windows = args.num_train_epochs * len(train_dataset)
             args.max_steps = max(1, round(windows * block_size / args.total_batch_tokens))
-        self.record = run_record(args, model, windows_record(train_dataset, eval_dataset), source)
+        data = windows_record(train_dataset, eval_dataset)
+        record = run_record(PRETRAINING, args, model, data, source, decisive_length(args))
         # From here on, Trainer's steps: more than the full batches that were asked for where the first are smaller.
         self.full_steps, self.batches = args.max_steps, args.batches(block_size)
-        args.max_steps = self.record["steps"] = self.batches.num_steps
+        args.max_steps = record["steps"] = self.batches.num_steps
         args.remove_unused_columns = False  # `shift_labels` reaches the model
 
         peak = peak_flops(args.device) if args.bf16 else None
-        self.throughput = Throughput(
+        throughput = Throughput(
             tokens_before=lambda step: self.batches.windows_before(step) * block_size,
             flops_per_token=model.config.flops_per_token(block_size),
             peak=peak * args.world_size if peak else None,
         )
-        log = JsonlLog(args.output_dir, self.record)
-        callbacks = [self.throughput, log]
-        if args.sample_prompts:
-            context = model.config.n_positions
-            callbacks.append(Samples(processing_class, args.sample_prompts, args.sample_tokens, context, log))
         super().__init__(
             model,
             args,
+            record,
+            throughput,
+            prompts=args.sample_prompts,
+            context=model.config.n_positions,
+            processing_class=processing_class,
             data_collator=collate_windows,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            callbacks=callbacks,
         )
-        if args.torch_compile:
-            # Each size of a growing batch is a graph of its own, and after 8 dynamo would go on without graphs.
-            # private: the limit can be raised in no other way.
-            torch._dynamo.config.recompile_limit = 8 + len(self.batches.micro_batch_sizes)
         if is_fully_sharded(args):
             keep_sums_in_float32(self.accelerator.state.fsdp_plugin)
         self.monitor = ParameterMonitor(model, args.monitor_steps) if args.monitor_steps else None
@@ -107,9 +103,9 @@ class PretrainTrainer(ExactTrainer):
             )
 
     def create_optimizer(self, model=None):
-        if self.args.optim == MUON and self.optimizer is None:
+        if self.args.optim in OPTIMIZERS and self.optimizer is None:
             model = self.model if model is None else model
-            self.optimizer = create_muon(model, self.args, self.get_decay_parameter_names(model))
+            self.optimizer = OPTIMIZERS[self.args.optim](model, self.args, self.get_decay_parameter_names(model))
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
@@ -151,6 +147,8 @@ class PretrainTrainer(ExactTrainer):
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             worker_init_fn=leave_signals_to_the_run,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
             **batching,
         )
 
@@ -165,13 +163,10 @@ class PretrainTrainer(ExactTrainer):
 
     # Evaluation
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Notes the batch's summed loss and its number of targets; there is nothing to gather."""
-        with torch.no_grad():
-            # Divided by one item: the sum. Logits of one position, for nobody looks at them here.
-            nats = model(**inputs, num_items_in_batch=1, logits_to_keep=1).loss
-        self.eval_sums.append(torch.stack([nats, (inputs["shift_labels"] != IGNORE_INDEX).sum()]))
-        return None, None, None
+    def sum_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        # Divided by one item, the loss is the sum. Nobody looks at logits here, so there are those of one position.
+        nats = model(**inputs, num_items_in_batch=1, logits_to_keep=1).loss
+        return torch.stack([nats, (inputs["shift_labels"] != IGNORE_INDEX).sum()])
 
     def tokens_per_byte(self, dataset: TokenWindows) -> float:
         return dataset.tokens_per_byte
@@ -188,8 +183,7 @@ class PretrainTrainer(ExactTrainer):
             logs |= self.throughput.measure(self.state.global_step)
             if self.monitor:
                 logs |= self.monitor.measured(self.state.global_step, logs.get("grad_norm"))
-            if self.args.optim == MUON:
-                logs["lr/muon"] = logs["learning_rate"] * self.args.muon_learning_rate / self.args.learning_rate
+            logs |= named_learning_rates(self.optimizer, logs["learning_rate"], self.args.learning_rate)
         # Trainer's epoch is the whole run here. Passes over the text are what a reader means.
         self.state.epoch = tokens / self.train_tokens
         super().log(logs, start_time)
@@ -216,17 +210,13 @@ class PretrainTrainer(ExactTrainer):
         chosen = [f"{args.mixed_precision} autocast" if args.mixed_precision != "no" else "float32"]
         chosen += ["TF32"] if args.tf32 else []
         chosen += [f"{config._attn_implementation} attention", f"compile {'on' if args.torch_compile else 'off'}"]
-        if args.optim == MUON:
-            optimizer = f"muon, lr {args.muon_learning_rate:g}, and adamw, lr {args.learning_rate:g}"
-        else:
-            optimizer = f"{args.optim.value}, lr {args.learning_rate:g}"
         rows = {
             "model": f"{config.num_parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
             f"{config.n_embd} wide, {config.n_positions} context, {config.vocab_size:,} tokens",
             "data": f"{data.num_tokens:,} tokens to train on, {self.eval_dataset.num_tokens:,} held out",
             "step": step,
             "run": f"{steps} = {tokens:,} tokens = {tokens / self.train_tokens:.2f} epochs",
-            "optimizer": f"{optimizer}, weight decay {args.weight_decay:g}, clip {args.max_grad_norm:g}",
+            "optimizer": args.describe_optimizer(),
             "schedule": schedule,
             "machine": f"{args.world_size} x {device_name(args.device)}, {', '.join(chosen)}",
         }

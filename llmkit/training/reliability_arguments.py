@@ -9,7 +9,7 @@ from llmkit.training.ranks import join_ranks
 
 @dataclass
 class ReliabilityArguments:
-    """For PretrainArguments and SFTArguments alike."""
+    """A part of RunArguments."""
 
     on_save_failure: Literal["continue", "stop"] = field(
         default="continue",

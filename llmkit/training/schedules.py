@@ -5,6 +5,7 @@
     wsd        up, stable, and down at the end only (Hu et al. 2024), so that a run can be made longer before it decays
     one_cycle  up, then down to almost nothing, Adam's beta1 the other way (Smith 2018): torch's OneCycleLR
     constant   up, and there it stays
+    range_test from range_test_min_lr to range_test_max_lr, in equal steps of the logarithm: what `llmkit lr-find` runs
 
 All but one_cycle are functions of the tokens seen, counted in full batches, so that a batch that grows (`batch_ramp`)
 leaves the schedule where it was. The first step is a step: its learning rate is 1 / warmup_steps of the peak, not 0.
@@ -13,12 +14,14 @@ leaves the schedule where it was. The first step is a step: its learning rate is
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from llmkit.errors import UserError
+
+RANGE_TEST = "range_test"
 
 
 @dataclass
@@ -29,32 +32,34 @@ class ScheduleArguments:
     those of a subclass such as SFTConfig.
     """
 
-    lr_schedule: Literal["cosine", "linear", "wsd", "one_cycle", "constant"] = field(
-        default="cosine", metadata={"help": "Course of the learning rate, after (one_cycle: from) the warm-up."}
+    DECISIVE: ClassVar[set[str]] = {"lr_schedule", "min_lr_ratio", "decay_until_step"}
+
+    lr_schedule: Literal["cosine", "linear", "wsd", "one_cycle", "constant", "range_test"] = field(
+        default="cosine",
+        metadata={"help": "Course of the learning rate, after (one_cycle: from) the warm-up."},
     )
     min_lr_ratio: float = field(
-        default=0.0, metadata={"help": "Where cosine, linear and wsd end, as a fraction of learning_rate."}
+        default=0.0,
+        metadata={"help": "Where cosine, linear and wsd end, as a fraction of learning_rate."},
     )
     decay_until_step: int | None = field(
-        default=None, metadata={"help": "The step at which cosine or linear are at their end; default: the last one."}
+        default=None,
+        metadata={"help": "The step at which cosine or linear are at their end; default: the last."},
     )
     wsd_decay_steps: float = field(
         default=0.2, metadata={"help": "Length of wsd's decay, in steps; below 1: as a fraction of the run."}
     )
+    range_test_min_lr: float = field(default=1e-5, metadata={"help": "Learning rate of range_test's first step."})
+    range_test_max_lr: float = field(default=1.0, metadata={"help": "Learning rate of range_test's last step."})
     lr_scheduler_type: str | None = field(default=None, metadata={"help": "Not used here: see lr_schedule."})
 
     def __post_init__(self):
-        if self.lr_scheduler_type is not None or self.lr_scheduler_kwargs:
-            raise UserError(
-                "lr_scheduler_type and lr_scheduler_kwargs are stated here as lr_schedule (cosine, linear, wsd, "
-                "one_cycle or constant) and min_lr_ratio: leave them out"
-            )
         self.lr_scheduler_type = "linear"  # Trainer wants one, to be made an enum
         super().__post_init__()
         self.lr_scheduler_type = None
         if not 0 <= self.min_lr_ratio <= 1:
             raise UserError(f"min_lr_ratio={self.min_lr_ratio}: it lies between 0 and 1, such as 0.1")
-        if self.min_lr_ratio and self.lr_schedule in ("one_cycle", "constant"):
+        if self.min_lr_ratio and self.lr_schedule in ("one_cycle", "constant", "range_test"):
             raise UserError(
                 f"min_lr_ratio={self.min_lr_ratio} is for cosine, linear and wsd, not {self.lr_schedule}: set it to 0"
             )
@@ -62,6 +67,13 @@ class ScheduleArguments:
             raise UserError(f"decay_until_step is for cosine and linear, not {self.lr_schedule}: leave it out")
         if not (self.wsd_decay_steps > 0 and math.isfinite(self.wsd_decay_steps)):
             raise UserError(f"wsd_decay_steps={self.wsd_decay_steps}: give steps, or a fraction of the run above 0")
+        if not 0 < self.range_test_min_lr < self.range_test_max_lr < math.inf:
+            raise UserError(
+                f"range_test_min_lr={self.range_test_min_lr:g} and range_test_max_lr={self.range_test_max_lr:g}: give "
+                "two above 0, the lower one first"
+            )
+        if self.lr_schedule == RANGE_TEST and self.learning_rate == 0:
+            raise UserError("learning_rate=0: the test scales the recipe's learning rate, so give it one above 0")
         if self.max_steps > 0:  # else known when the data is: see `ExactTrainer.create_scheduler`
             check_schedule(self, self.max_steps)
         if self.lr_schedule == "one_cycle" and self.adam_beta1 != 0.9:
@@ -78,6 +90,9 @@ def relative_learning_rate(args: ScheduleArguments, num_steps: int, before: floa
         before, after: what was trained before the step, and with it, in full batches: s and s + 1 for step s where
             all batches are of one size.
     """
+    if args.lr_schedule == RANGE_TEST:
+        low, high = args.range_test_min_lr, args.range_test_max_lr
+        return low * (high / low) ** (before / max(1, num_steps - 1)) / args.learning_rate
     warmup = args.get_warmup_steps(num_steps)
     if before < warmup:
         return min(1.0, after / warmup)
@@ -109,6 +124,8 @@ def check_schedule(args: ScheduleArguments, num_steps: int) -> None:
         UserError: the line says which.
     """
     warmup = args.get_warmup_steps(num_steps)
+    if warmup > num_steps:
+        raise UserError(f"warmup_steps={warmup} is more than the {num_steps} steps of the run: make it shorter")
     if args.lr_schedule == "wsd" and warmup + _wsd_decay_steps(args, num_steps) > num_steps:
         raise UserError(
             f"warmup_steps={warmup} and wsd_decay_steps={_wsd_decay_steps(args, num_steps)} do not fit into a run of "
@@ -126,6 +143,22 @@ def check_schedule(args: ScheduleArguments, num_steps: int) -> None:
         )
 
 
+def decisive_length(args: ScheduleArguments) -> dict:
+    """The arguments that say how long the run is, where its learning rates depend on that: else it may be made longer.
+
+    A wsd run is made to be gone on with from before its decay, so neither its length nor wsd_decay_steps is fixed. A
+    warm-up that is a fraction of the run is over by then.
+    """
+    falls_to_the_end = args.lr_schedule in ("cosine", "linear") and args.decay_until_step is None
+    if not (falls_to_the_end or args.lr_schedule == "one_cycle"):
+        return {}
+    has_steps = args.max_steps > 0
+    return {
+        "max_steps": args.max_steps if has_steps else None,
+        "num_train_epochs": None if has_steps else args.num_train_epochs,
+    }
+
+
 def describe_schedule(args: ScheduleArguments, num_steps: int) -> str:
     """The schedule in words, as in "warm-up 75 steps, cosine to 10% at step 1,750"."""
     warmup = args.get_warmup_steps(num_steps)
@@ -134,6 +167,8 @@ def describe_schedule(args: ScheduleArguments, num_steps: int) -> str:
             return f"one cycle: up to step {warmup or round(0.3 * num_steps):,}, down to 0 at step {num_steps:,}"
         case "constant":
             course = "constant"
+        case "range_test":
+            return f"range test, from {args.range_test_min_lr:g} up to {args.range_test_max_lr:g}"
         case "wsd":
             start = num_steps - _wsd_decay_steps(args, num_steps)
             course = f"stable, from step {start:,} down to {args.min_lr_ratio:.0%} at step {num_steps:,}"

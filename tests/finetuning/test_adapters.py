@@ -40,9 +40,10 @@ from llmkit.finetuning.adapters import (
     load_base_model,
     load_with_adapter,
 )
+from llmkit.finetuning.arguments import SFTArguments
 from llmkit.finetuning.conversations import Conversations, add_chat_template, encode_all
 from llmkit.finetuning.merge import compare, merge_adapter
-from llmkit.finetuning.sft_trainer import ConversationTrainer, SFTArguments, has_plain_head
+from llmkit.finetuning.sft_trainer import ConversationTrainer, has_plain_head
 from llmkit.finetuning.turns import split_guanaco
 from llmkit.training.callbacks import Samples
 
@@ -191,7 +192,6 @@ def test_nothing_frozen_is_upcast(bases, tmp_path):
     "arguments, message",
     [
         ({"fp16": True, "bf16": False}, "fp16 does not work with Phi"),
-        ({"fsdp": "full_shard"}, "FSDP is not supported"),
         ({"max_length": 129}, "longer than the 128 positions"),
     ],
 )

@@ -182,7 +182,7 @@ def recipe(*arguments: object) -> None:
         (["--max_length", "500"], "max_length=500 is longer than the 128 positions"),
         (["--max_length", "8"], "nothing would be learned"),
         (["--fp16", "true", "--bf16", "false"], "fp16 does not work with Phi"),
-        (["--fsdp", "full_shard"], "FSDP is not supported"),
+        (["--fsdp", "full_shard"], "fsdp=full_shard is not supported"),
         (["--lora_r", "0"], "lora_r=0"),
         (["--quantization", "int3"], "quantization"),
         (["--learning_rat", "1"], "did you mean --learning_rate?"),
@@ -215,8 +215,8 @@ def test_llmkit_audit_shows_what_a_recipe_would_train(work, capsys):
 
 def test_the_default_recipe_is_phi_2_on_guanaco():
     from llmkit.finetuning.adapters import AdapterArguments
+    from llmkit.finetuning.arguments import SFTArguments
     from llmkit.finetuning.conversations import ConversationArguments
-    from llmkit.finetuning.sft_trainer import SFTArguments
     from llmkit.recipe_parser import RecipeParser
 
     found = sorted((ROOT / "recipes").glob("sft_qlora*.yaml"))

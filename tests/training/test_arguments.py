@@ -11,10 +11,14 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from llmkit.data.arguments import DataArguments
 from llmkit.data.tokenizer import train_character_tokenizer
 from llmkit.errors import UserError
-from llmkit.model.arguments import REPLACES, ModelArguments
+from llmkit.finetuning.adapters import AdapterArguments
+from llmkit.finetuning.arguments import SFTArguments
+from llmkit.finetuning.conversations import ConversationArguments
+from llmkit.model.arguments import ModelArguments
 from llmkit.recipe_parser import RecipeParser
-from llmkit.training.arguments import PretrainArguments, use_one_gpu
+from llmkit.training.arguments import PretrainArguments
 from llmkit.training.pretrain_trainer import keep_sums_in_float32
+from llmkit.training.run_arguments import use_one_gpu
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(RECIPES.glob("pretrain_*.yaml"))
@@ -89,14 +93,17 @@ def test_bad_command_lines(tmp_path):
         (["--max-step", "3"], r"unknown argument --max-step: did you mean --max[-_]steps\?"),
         (["--max_steps", "x"], "--max_steps.*invalid int value: 'x'"),
         (["--config", str(tmp_path / "none.yaml")], "cannot read the recipe .*none.yaml: No such file"),
-        (["--gradient_accumulation_steps", "4"], "derived from total_batch_tokens"),
-        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor is not supported"),
+        (
+            ["--gradient_accumulation_steps", "4"],
+            "gradient_accumulation_steps=4 is not supported: it is derived from",
+        ),
+        (["--label_smoothing_factor", "0.1"], "label_smoothing_factor=0.1 is not supported"),
         (["--total_batch_tokens", "0"], "total_batch_tokens=0: must be at least 1"),
         (["--max_steps", "0"], "nothing to train"),
         (["--sample_tokens", "0"], "sample_tokens=0: must be at least 1"),
-        (["--learning_rate", "-1"], "cannot be negative"),
+        (["--learning_rate", "-1"], "learning_rate=-1.0: must be at least 0"),
         (["--validation_fraction", "1"], "validation_fraction=1.0: it lies between 0 and 1"),
-        (["--vocab_size", "100"], "vocab_size=100.*at least 257"),
+        (["--vocab_size", "100"], "vocab_size is 100.*from 257"),
         (["--report_to", "nonsense"], "report_to=nonsense is not installed here"),
         (["--lr_scheduler_type", "linear"], "stated here as lr_schedule"),
         (["--text_files", "a", "--dataset_name", "b"], "both set"),
@@ -123,9 +130,35 @@ def test_bad_models(model, message):
 
 def test_a_preset_on_the_command_line_replaces_the_files_shape(tmp_path):
     path = recipe(tmp_path, "n_layer: 2\nn_head: 2\nn_embd: 32\nblock_size: 16\noutput_dir: x\n")
-    parser = RecipeParser((DataArguments, ModelArguments, PretrainArguments), path, replaces=REPLACES)
+    parser = RecipeParser((DataArguments, ModelArguments, PretrainArguments), path)
     assert parser.parse(["--preset", "355M"])[1].config().num_parameters == 354_823_168
     assert parser.parse(["--n_layer", "3"])[1].config().n_layer == 3
+
+
+def test_a_source_on_the_command_line_replaces_the_files(tmp_path):
+    """A FineWeb recipe on text of one's own, and the other way round."""
+    data, _, _ = parse(RECIPES / "pretrain_gpt2_124m.yaml", "--text_files", "a.txt", "b.txt")
+    assert (data.text_files, data.dataset_name, data.dataset_config) == (["a.txt", "b.txt"], None, None)
+    assert not data.streaming and data.data_dir is None, "the shards of FineWeb-Edu are not those of this text"
+    assert data.tokenizer == "openai-community/gpt2"
+    path = recipe(tmp_path, "text_files: [a.txt]\ndata_dir: there\noutput_dir: x\n")
+    data, _, _ = parse(path, "--dataset-name=someone/texts", "--dataset_split", "train[:10%]")
+    assert (data.text_files, data.dataset_name, data.dataset_split) == (None, "someone/texts", "train[:10%]")
+
+
+def test_chats_on_the_command_line_replace_the_recipes():
+    parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), RECIPES / "sft_qlora.yaml")
+    data, adapter, _ = parser.parse(["--model", "my/model", "--data_files", "chats.jsonl"])
+    assert adapter.model == "my/model" and data.data_files == ["chats.jsonl"]
+    assert (data.dataset_name, data.validation_split, data.dataset_split) == (None, None, "train")
+
+
+def test_null_clears_a_key(tmp_path):
+    path = recipe(tmp_path, "max_steps: 10\nsample_prompts: [a, b]\ndata_seed: 3\nseed: 5\noutput_dir: x\n")
+    _, _, args = parse(path, "--sample_prompts", "null", "--data-seed=null", "--seed", "7")
+    assert (args.sample_prompts, args.data_seed, args.seed, args.max_steps) == ([], None, 7, 10)
+    with pytest.raises(UserError, match="unknown argument --data_sed: did you mean --data_seed"):
+        parse(path, "--data_sed", "null")
 
 
 def test_what_the_model_is_made_of(tmp_path):

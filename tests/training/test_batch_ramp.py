@@ -9,6 +9,7 @@ import torch._dynamo.config
 
 from llmkit.data.windows import WindowBatchSampler
 from llmkit.errors import UserError
+from llmkit.machine import set_up
 from llmkit.training.batch_ramp import Batches
 from small_run import BLOCK, losses, trainer, weights
 
@@ -32,7 +33,6 @@ def test_the_tokens_are_those_of_the_full_batches(full_steps, full, start, ramp)
     micro = np.array(list(batches)).reshape(-1, 2)
     assert (micro.sum(axis=1) == sizes).all() and (abs(micro[:, 0] - micro[:, 1]) <= 1).all()
     assert batches.windows_before(batches.num_steps + 1) == full_steps * full
-    assert batches.micro_batch_sizes == set(batches)
 
 
 def test_gpt3s_ramp():
@@ -48,6 +48,7 @@ def test_gpt3s_ramp():
 def test_every_size_may_have_its_compiled_graph(data, tmp_path):
     with torch._dynamo.config.patch(recompile_limit=1):
         run = trainer(data, tmp_path, **RAMP, torch_compile=True)
+        set_up(run.args)
         assert torch._dynamo.config.recompile_limit > len(set(run.batches)) > 1
 
 

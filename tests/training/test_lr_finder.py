@@ -11,15 +11,14 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from transformers import PhiConfig, PhiForCausalLM, set_seed
 
 from llmkit.cli import main as llmkit
 from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.errors import UserError
-from llmkit.training.lr_finder import Step, has_diverged, pretraining_test, smooth, suggest
-from small_run import accelerate_launch
+from llmkit.training.lr_finder import Step, has_diverged, smooth, suggest
+from small_run import accelerate_launch, losses, trainer
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
@@ -124,14 +123,19 @@ def test_fine_tuning(work, capsys):
     assert not (work / "untouched").exists()
 
 
-def test_groups_of_the_optimizer_keep_their_ratio(work, tmp_path):
-    fields = ["--optim", "muon", "--learning_rate", "1e-3", "--muon_learning_rate", "5e-3", "--weight_decay", "0"]
-    trainer = pretraining_test(str(work / "pretrain_sums.yaml"), fields, 20, str(tmp_path))
-    trainer.create_optimizer()
-    trainer.rates = torch.tensor([1e-4, 1e-2])
-    schedule = trainer.create_scheduler(2)
-    adamw, _, muon = schedule.get_last_lr()
+def test_groups_of_the_optimizer_keep_their_ratio(data, tmp_path):
+    given = {"optim": "muon", "learning_rate": 1e-3, "muon_learning_rate": 5e-3}
+    run = trainer(data, tmp_path, **given, lr_schedule="range_test", range_test_min_lr=1e-4, range_test_max_lr=1e-2)
+    run.create_optimizer()
+    adamw, _, muon = run.create_scheduler(6).get_last_lr()
     assert (adamw, muon) == pytest.approx((1e-4, 5e-4))
+
+
+def test_the_rate_of_each_group_is_suggested(work, tmp_path, capsys):
+    arguments = ["--optim", "muon", "--learning_rate", "1e-3", "--muon_learning_rate", "5e-3"]
+    llmkit(["lr-find", "--config", str(work / "pretrain_sums.yaml"), *FIND, "--output", str(tmp_path), *arguments])
+    rates = dict(re.findall(r"^(\w*learning_rate): (\S+)$", capsys.readouterr().out, flags=re.M))
+    assert float(rates["muon_learning_rate"]) == pytest.approx(5 * float(rates["learning_rate"]), rel=0.06)
 
 
 def curve(*losses: float) -> list[Step]:
@@ -159,12 +163,12 @@ def test_it_stops_when_the_loss_diverges():
     assert has_diverged([*falling, math.nan], 2) and has_diverged([*falling, math.inf], 2)
 
 
-def test_a_diverging_run_stops(work, tmp_path):
-    trainer = pretraining_test(str(work / "pretrain_sums.yaml"), ["--max_grad_norm", "0"], 30, str(tmp_path))
-    steps = trainer.test(1e-2, 1e6)
-    lowest = min(step.loss for step in steps)
-    assert 2 < len(steps) < 30 and not steps[-1].loss < lowest + 1  # nan perhaps
-    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"], "the trainer's own folder is not the run's"
+def test_a_diverging_run_stops(data, tmp_path):
+    given = {"lr_schedule": "range_test", "range_test_min_lr": 1e-2, "range_test_max_lr": 1e6, "max_grad_norm": 0.0}
+    run = trainer(data, tmp_path, **given, max_steps=30)
+    run.train()
+    found = losses(run)
+    assert 2 < len(found) < 30 and not found[-1] < min(found) + 1  # nan perhaps
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ import torch
 
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
+from llmkit.runs.record import code_version, command_line
+from llmkit.training.arguments import PretrainArguments
 from llmkit.training.checkpoints import checkpoint_to_resume
+from llmkit.training.schedules import decisive_length
 from small_run import BLOCK, losses, rounding, trainer, weights
 
 
@@ -145,7 +148,9 @@ def test_what_is_logged(data, tmp_path):
     run = trainer(data, tmp_path, eval_strategy="steps", eval_steps=3, sample_prompts=["3 times"], sample_tokens=5)
     run.train()
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert lines[0]["run"]["data"]["train_tokens"] == run.train_dataset.num_tokens
+    record = lines[0]["run"]
+    assert record["kind"] == "pretraining" and record["data"]["train_tokens"] == run.train_dataset.num_tokens
+    assert record["code"].keys() == {"commit", "changed"} and record["command"] == command_line()
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]
     for line in steps:
@@ -156,6 +161,19 @@ def test_what_is_logged(data, tmp_path):
     assert [line["step"] for line in lines if "eval_bits_per_byte" in line] == [3, 6]
     samples = [line["sample"] for line in lines if "sample" in line]
     assert len(samples) == 2 and all(text.startswith("3 times") for text in samples)
+
+
+def test_a_command_is_recorded_without_its_secrets(monkeypatch):
+    given = ["pretrain.py", "--hub_token", "hf_a", "--hub-token=hf_b", "--push_to_hub", "true"]
+    monkeypatch.setattr(sys, "argv", given)
+    assert command_line() == ["pretrain.py", "--hub_token", "***", "--hub-token=***", "--push_to_hub", "true"]
+
+
+@pytest.mark.skipif(not (Path(__file__).parents[2] / ".git").exists(), reason="no git checkout")
+def test_the_code_is_recorded_by_its_commit():
+    told = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    assert code_version()["commit"] == told.stdout.strip()
+    assert isinstance(code_version()["changed"], bool)
 
 
 def test_samples_leave_training_alone(data, tmp_path):
@@ -189,6 +207,24 @@ def test_a_loss_that_is_not_a_number_stops_the_run(data, tmp_path):
         run.train()
 
 
+def test_a_resumed_run_logs_evaluates_and_saves_as_it_is_told(data, tmp_path):
+    """Trainer would go on with the steps that its checkpoint has."""
+    how = {"save_strategy": "steps", "eval_strategy": "steps", "max_steps": 8}
+    trainer(data, tmp_path, **how, save_steps=2, eval_steps=2, logging_steps=2).train()
+    again = trainer(data, tmp_path, **how, save_steps=3, eval_steps=4, logging_steps=1)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    log = again.state.log_history
+    assert [entry["step"] for entry in log if "loss" in entry] == [2, 3, 4, 5, 6, 7, 8]
+    assert [entry["step"] for entry in log if "eval_loss" in entry] == [2, 4, 8]
+    assert (tmp_path / "checkpoint-3").exists() and (tmp_path / "checkpoint-6").exists()
+
+
+def test_workers_are_started_and_prefetch_as_told(data, tmp_path):
+    loader = trainer(data, tmp_path, dataloader_num_workers=1, dataloader_prefetch_factor=3).get_train_dataloader()
+    assert loader.prefetch_factor == 3
+
+
 def test_resuming_with_other_settings_is_refused(data, tmp_path):
     """What the optimizer's state would override, what would give other batches, and another model."""
     how = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
@@ -196,15 +232,38 @@ def test_resuming_with_other_settings_is_refused(data, tmp_path):
     with (tmp_path / "log.jsonl").open("a") as log:
         log.write('{"step": 4, "lo')  # as a kill leaves it
     changes = {"learning_rate": 1e-5, "total_batch_tokens": 16 * BLOCK, "seed": 7, "weight_decay": 0.2}
+    changes |= {"max_grad_norm": 0.5, "bf16": True, "max_steps": 5, "optim": "muon"}
     for name, value in changes.items():
         with pytest.raises(UserError, match=f"checkpoint-2 would be resumed with {name}={value}, and its run had"):
-            trainer(data, tmp_path, **how, **{name: value}).train(
+            trainer(data, tmp_path, **{**how, name: value}).train(
                 resume_from_checkpoint=str(tmp_path / "checkpoint-2")
             )
     run = trainer(data, tmp_path / "elsewhere", **how)
     run.record["model"]["config"]["n_head"] = 4
     with pytest.raises(UserError, match="resumed with n_head=4, and its run had 2"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_what_a_resumed_run_may_change(data, tmp_path):
+    """Other micro-batches of the same batch; and a length that the learning rates do not depend on."""
+    how = {"save_strategy": "steps", "save_steps": 2, "lr_schedule": "constant"}
+    trainer(data, tmp_path, **how, max_steps=4).train()
+    again = trainer(data, tmp_path, **how, max_steps=6, per_device_train_batch_size=2, save_total_limit=1)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert again.state.global_step == 6
+
+
+def test_the_length_of_a_run_is_decisive_where_its_learning_rates_depend_on_it():
+    def length(**given) -> dict:
+        return decisive_length(PretrainArguments(output_dir="unused", use_cpu=True, max_steps=100, **given))
+
+    fixed = {"max_steps": 100, "num_train_epochs": None}
+    for name in ("cosine", "linear", "one_cycle"):
+        assert length(lr_schedule=name) == fixed
+    for given in ({"lr_schedule": "wsd"}, {"lr_schedule": "constant"}, {"decay_until_step": 50}):
+        assert length(**given, warmup_steps=5) == {}
+    epochs = PretrainArguments(output_dir="unused", use_cpu=True, num_train_epochs=2)
+    assert decisive_length(epochs) == {"max_steps": None, "num_train_epochs": 2}
 
 
 def test_resuming_on_other_data_is_refused(data, tmp_path):

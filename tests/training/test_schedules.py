@@ -9,7 +9,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 
 from llmkit.errors import UserError
-from llmkit.finetuning.sft_trainer import SFTArguments
+from llmkit.finetuning.arguments import SFTArguments
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.schedules import create_schedule, describe_schedule
 from small_run import losses, trainer, weights

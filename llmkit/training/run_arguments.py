@@ -1,0 +1,189 @@
+"""What the arguments of pretraining and of fine-tuning share: checks, and precision chosen from the machine."""
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from transformers import Trainer, TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_tf32_available, strtobool
+
+from llmkit.errors import UserError
+from llmkit.machine import bf16_is_fast
+from llmkit.training.compatibility import CheckpointingArguments
+from llmkit.training.inherited_arguments import DECISIVE, REFUSED, refuse_accelerator_config, refuse_unsupported
+from llmkit.training.reliability_arguments import ReliabilityArguments
+from llmkit.training.schedules import ScheduleArguments
+
+# The lowest value that is taken, and the one from which on it is too large.
+RANGES = {
+    "adam_beta1": (0, 1),
+    "adam_beta2": (0, 1),
+    "adam_epsilon": (0, math.inf),
+    "data_seed": (0, 2**32),
+    "dataloader_num_workers": (0, 1024),
+    "dataloader_prefetch_factor": (1, math.inf),
+    "ddp_timeout": (1, math.inf),
+    "eval_delay": (0, math.inf),
+    "gradient_accumulation_steps": (1, math.inf),
+    "learning_rate": (0, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "max_steps": (-1, 10**8),
+    "neftune_noise_alpha": (0, math.inf),
+    "num_train_epochs": (0, 10**8),
+    "per_device_eval_batch_size": (1, math.inf),
+    "per_device_train_batch_size": (1, math.inf),
+    "sample_tokens": (1, math.inf),
+    "save_total_limit": (1, math.inf),
+    "seed": (0, 2**32),
+    "warmup_steps": (0, math.inf),
+    "weight_decay": (0, math.inf),
+}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")  # of torch.compile
+
+
+@dataclass
+class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArguments):
+    """For TrainingArguments and its subclasses, before them in the list of bases, as ScheduleArguments is."""
+
+    # The inherited fields that a resumed run has to have the same, those that are refused, each with its reason, and
+    # what `metric_for_best_model` may name.
+    DECISIVE: ClassVar[set[str]] = DECISIVE
+    REFUSED: ClassVar[Mapping[str, str]] = REFUSED
+    METRICS: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+
+    sample_prompts: list[str] = field(
+        default_factory=list, metadata={"help": "Prompts (in fine-tuning: questions) answered at each evaluation."}
+    )
+    sample_tokens: int = field(default=128, metadata={"help": "Longest sample, in tokens."})
+
+    # Chosen from the machine where not stated.
+    bf16: bool | None = field(
+        default=None, metadata={"help": "bfloat16 autocast; default: accelerate's mixed_precision, else where fast."}
+    )
+
+    # Other defaults than Trainer's, each for a reason.
+    logging_first_step: bool = field(
+        default=True, metadata={"help": "Log the first step too, so that curves begin where the training does."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Not supported: a loss that is not finite stops the run."}
+    )
+    greater_is_better: bool | None = field(
+        default=False,
+        metadata={"help": "Always false: every metric of an evaluation is better if it is lower."},
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter is used in every step, so DDP need not look."}
+    )
+
+    def __post_init__(self):
+        refuse_unsupported(self, self.REFUSED)
+        check_ranges(self)
+        choose_precision(self)
+        super().__post_init__()
+        refuse_accelerator_config(self)
+        use_one_gpu(self)
+        # A stated `bf16: false` holds against the accelerate configuration, which TrainingArguments would follow.
+        self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
+        check_names(self)
+
+
+def check_ranges(args: TrainingArguments) -> None:
+    """Refuse numbers that no run could have; call it before `TrainingArguments.__post_init__` fills some in.
+
+    Raises:
+        UserError: the line names the field and what it may be.
+    """
+    for name, (lowest, limit) in RANGES.items():
+        value = getattr(args, name)
+        if value is not None and not lowest <= value < limit:  # NaN is not either
+            below = f" and below {limit:,}" if limit < math.inf else ""
+            raise UserError(f"{name}={value}: must be at least {lowest}{below}")
+    for name in ("logging_steps", "eval_steps", "save_steps"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            strategy = name.replace("steps", "strategy")
+            raise UserError(f"{name}={value}: must be above 0, or give {strategy}: no")
+    if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
+        raise UserError("nothing to train: give max_steps of 1 or more, or num_train_epochs above 0")
+
+
+def check_names(args: RunArguments) -> None:
+    """Refuse names that nothing here has, before anything is written.
+
+    Raises:
+        UserError: the line says what there is.
+    """
+    available = get_available_reporting_integrations()
+    if missing := [name for name in args.report_to if name not in available]:
+        raise UserError(f"report_to={missing[0]} is not installed here: choose from {', '.join(available)} and none")
+    metric = args.metric_for_best_model
+    if metric is not None and metric.removeprefix("eval_") not in args.METRICS:
+        raise UserError(f"metric_for_best_model={metric}: choose from {', '.join(args.METRICS)}")
+    if metric is None and args.save_strategy == SaveStrategy.BEST:
+        raise UserError(f"save_strategy: best needs metric_for_best_model: {', '.join(args.METRICS)}")
+    backend, mode = args.torch_compile_backend, args.torch_compile_mode
+    if args.torch_compile and backend not in (known := torch.compiler.list_backends(exclude_tags=())):
+        raise UserError(f"torch_compile_backend={backend}: choose from {', '.join(known)}")
+    if mode is not None and mode not in COMPILE_MODES:
+        raise UserError(f"torch_compile_mode={mode}: choose from {', '.join(COMPILE_MODES)}")
+    if isinstance(args.optim, OptimizerNames) and not (args.optim_target_modules or "lomo" in args.optim.value):
+        check_optimizer(args)  # the others want to see the model
+    if args.fsdp and args.world_size == 1:
+        raise UserError(
+            "fsdp shards a model over several processes: start them with accelerate launch, or leave fsdp out"
+        )
+    if args.deepspeed_plugin is not None:
+        raise UserError("DeepSpeed, which the accelerate configuration asks for, is not supported: take DDP or FSDP")
+
+
+def check_optimizer(args: TrainingArguments) -> None:
+    """Refuse an optimizer of Trainer's whose package is missing, or whose `optim_args` cannot be read.
+
+    Raises:
+        UserError: what Trainer says about it.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"optim={args.optim.value}: {error}") from error
+
+
+def device_type(args: TrainingArguments) -> str:
+    """The type of the device that will be trained on."""
+    configured_cpu = strtobool(os.environ.get("ACCELERATE_USE_CPU", "false"))  # accelerate_configs/cpu.yaml
+    if args.use_cpu or configured_cpu or not torch.accelerator.is_available():
+        return "cpu"
+    return torch.accelerator.current_accelerator().type
+
+
+def choose_precision(args: TrainingArguments) -> None:
+    """Set what is not stated of `use_cpu`, `bf16`, `fp16` and `tf32`, from accelerate's configuration and the machine.
+
+    Raises:
+        UserError: the configuration asks for a precision that Trainer does not have.
+    """
+    device = device_type(args)
+    args.use_cpu = device == "cpu"
+    if args.bf16 is None and not args.fp16:
+        configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if configured not in ("no", "bf16", "fp16"):
+            raise UserError(f"mixed_precision: {configured} of the accelerate configuration: take bf16, fp16 or no")
+        args.fp16 = configured == "fp16"
+        args.bf16 = configured == "bf16" or (configured == "no" and bf16_is_fast(device))
+    args.bf16 = bool(args.bf16)
+    if args.tf32 is None and device == "cuda" and is_torch_tf32_available():
+        args.tf32 = True
+
+
+def use_one_gpu(args: TrainingArguments) -> None:
+    """Keep a process to its GPU: one that was started alone would get all of them, and Trainer its nn.DataParallel."""
+    if args.n_gpu > 1:
+        # private: the one place where TrainingArguments holds the number; there is no argument for it.
+        args._n_gpu = 1
