@@ -81,7 +81,8 @@ def set_up(args: "TrainingArguments") -> None:
         set_up_cpu()
     import torch._dynamo.config
 
-    # private: the limit can be raised in no other way. Each size of micro-batch of a growing batch is a graph of its own, and after 8 dynamo would go on without graphs.
+    # private: the limit can be raised in no other way. Each size of micro-batch of a growing batch is a graph of its
+    # own, and after 8 dynamo would go on without graphs.
     torch._dynamo.config.recompile_limit = 8 + args.per_device_train_batch_size
     # The end tokens within packed rows are no padding, as transformers takes them to be where both are one token.
     logging.getLogger("transformers.modeling_utils").addFilter(
