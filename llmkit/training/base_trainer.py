@@ -83,9 +83,6 @@ class ExactTrainer(WholeCheckpoints):
         self.add_callback(self.stop_on_request)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)
-        # Trainer seeds all ranks alike, and they would drop out the same units.
-        if self.args.process_index > 0:
-            torch.manual_seed(self.args.seed + self.args.process_index)
         self.resources = ResourceUse(self.args.device)
         self.page_is_there = False  # the report of this start
 
