@@ -154,7 +154,10 @@ class ExactTrainer(WholeCheckpoints):
         other_weights = self.args.load_best_model_at_end and not self.is_in_train
         if self.evaluated_step != self.state.global_step or other_weights:
             try:
-                self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
+                # Its loader draws a random number: a run that is told to stop leaves an evaluation out, and has to
+                # go on with the same dropout masks and the same order.
+                with torch.random.fork_rng(devices=[]):
+                    self.metrics = super().evaluate(None, ignore_keys, metric_key_prefix)
             except EvaluationStopped:
                 self.control.should_save = self.control.should_training_stop = True
                 best = self.args.metric_for_best_model

@@ -30,11 +30,12 @@ class _Requests:
     listening = False
     training = False
     reason: str | None = None
+    handlers: dict = {}  # to give back after the training
     first: float | None = None  # when the first signal came, in seconds of the monotonic clock
 
 
 def listen() -> None:
-    """Take the signals from here on, and watch the launcher. It may be called again."""
+    """Take the signals from here on, and watch the launcher, as a program of its own wants it; once is enough."""
     if _Requests.listening or threading.current_thread() is not threading.main_thread():
         return
     _Requests.listening = True
@@ -98,15 +99,15 @@ def leave_signals_to_the_run(worker_id: int) -> None:
 
 def keep_workers(loader: DataLoader) -> DataLoader:
     """Let the workers of a loader outlive a signal to the group."""
-    loader = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper
-    seed = loader.worker_init_fn
+    inner = getattr(loader, "base_dataloader", loader)  # within accelerate's
+    seed = inner.worker_init_fn
 
     def start(worker_id: int) -> None:
         leave_signals_to_the_run(worker_id)
         if seed is not None:
             seed(worker_id)
 
-    loader.worker_init_fn = start
+    inner.worker_init_fn = start
     return loader
 
 
@@ -129,7 +130,9 @@ class StopOnRequest(TrainerCallback):
         self.group = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        listen()
+        if not _Requests.listening:  # training in somebody else's program, which has its signals back afterwards
+            _Requests.handlers = {number: signal.getsignal(number) for number in SIGNALS}
+            listen()
         self.stopped = _Requests.reason = _Requests.first = None  # of an earlier training of this process
         if args.world_size > 1 and self.group is None:
             self.group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
@@ -165,3 +168,8 @@ class StopOnRequest(TrainerCallback):
 def end_of_training() -> None:
     """From here on there is nothing to save, and a signal ends the process."""
     _Requests.training = False
+    for number, handler in _Requests.handlers.items():
+        signal.signal(number, handler)
+    if _Requests.handlers:
+        signal.set_wakeup_fd(-1)
+        _Requests.listening, _Requests.handlers = False, {}
