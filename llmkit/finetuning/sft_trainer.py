@@ -64,8 +64,6 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         decisive = decisive_length(args) | {factors: rows}
         record = run_record(FINE_TUNING, args, model, data, source, decisive)
-        # Else accelerate takes the order of the rows from each rank's own random state.
-        args.data_seed = args.seed if args.data_seed is None else args.data_seed
         super().__init__(
             model,
             args,
