@@ -3,6 +3,7 @@
 # make lint    check style
 # make bench   measure training, fine-tuning and data beside what else there is: 20 minutes on 2 CPU cores
 # make docs    correct the line numbers with which docs/ points into the code
+# make chaos   kill runs 200 times and compare what comes out: half an hour or more on 2 CPU cores
 # make install only set up .venv, which the others do as well
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ DEMO := runs/pretrain_quickstart
 NANOGPT_FLAG := $(if $(NANOGPT),--nanogpt $(NANOGPT))
 PEERS := $(NANOGPT_FLAG) $(if $(BUILD_NANOGPT),--build-nanogpt $(BUILD_NANOGPT))
 
-.PHONY: install demo test lint docs bench
+.PHONY: install demo test lint docs bench chaos
 .DEFAULT_GOAL := demo
 
 install: $(BIN)/.installed
@@ -48,3 +49,6 @@ bench: install
 	$(BIN)/python benchmarks/startup.py --rounds 2
 	$(BIN)/python benchmarks/scaling.py --rounds 2
 	$(BIN)/python benchmarks/generation.py --rounds 2 $(NANOGPT_FLAG)
+
+chaos: install
+	$(BIN)/python tests/chaos/chaos.py --kills 200

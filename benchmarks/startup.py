@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 
 from llmkit.data.manifest import MANIFEST
+from llmkit.files import checksum
+from llmkit.training.checkpoints import COMPLETE, seal
 from measuring import add_options, machine, print_table, report, take_turns, use_threads
 
 ROOT = Path(__file__).parents[1]
@@ -50,9 +52,12 @@ def prepare(work: Path, positions: list[int]) -> None:
         sys.exit(f"{done.stdout}{done.stderr}")
     for position in positions:
         checkpoint = work / f"at_{position}" / f"checkpoint-{position}"
-        shutil.copytree(work / "run" / "checkpoint-2", checkpoint)
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"global_step": position}))
+        staged = checkpoint.with_name("staged")
+        shutil.copytree(work / "run" / "checkpoint-2", staged)
+        state = json.loads((staged / "trainer_state.json").read_text())
+        (staged / "trainer_state.json").write_text(json.dumps(state | {"global_step": position}))
+        (staged / COMPLETE).unlink()
+        seal(staged, checkpoint, ranks=1)
         # Without the run's log, by which the recipe would tell that the data are no longer the same.
 
 
@@ -69,7 +74,7 @@ def grow(data: Path, megabytes: float) -> None:
         name = f"train_{len(train['shards']):05d}.bin"
         with (data / name).open("wb") as file:
             file.truncate(2 * tokens)
-        train["shards"].append(train["shards"][0] | {"name": name, "tokens": tokens})
+        train["shards"].append(train["shards"][0] | {"name": name, "tokens": tokens, "xxh3_64": checksum(data / name)})
         train["tokens"] += tokens
         missing -= tokens
     path.write_text(json.dumps(manifest))

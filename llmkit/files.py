@@ -42,7 +42,7 @@ def sync(path: Path) -> None:
 
 
 def checksum(path: Path) -> str:
-    """The XXH3 hash of a file's contents, 64 bits, as shards have it: several GB/s, so the disk decides."""
+    """The XXH3 hash of a file's contents, 64 bits, as shards have it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
 

@@ -9,6 +9,7 @@ at each end; after, the last document is closed like all others, and "finished" 
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.tokenizer import tokenizer_fingerprint
 from llmkit.errors import UserError
-from llmkit.files import write_json
+from llmkit.files import checksum, write_json
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -101,6 +102,22 @@ class Manifest:
         for name in ("corpus", "tokenizer"):
             if not isinstance(self.settings[name], str):
                 raise ValueError(f"settings: {name}")
+
+    def verify(self) -> None:
+        """Read every shard and compare its checksum, so that no flipped byte is trained on.
+
+        Raises:
+            UserError: a shard is damaged.
+        """
+        shards = [shard for split in self.splits.values() for shard in split.shards]
+        with ThreadPoolExecutor(max_workers=4) as pool:  # reading and hashing leave Python to itself
+            found = pool.map(lambda shard: checksum(self.directory / shard.name), shards)
+            for shard, digest in zip(shards, found, strict=True):
+                if digest != shard.xxh3_64:
+                    raise UserError(
+                        f"{self.directory / shard.name} is damaged: its checksum is not the one of its preparation: "
+                        "delete the folder and prepare the shards again"
+                    )
 
     def save(self) -> None:
         """Write `manifest.json`, which makes the folder a dataset."""

@@ -106,6 +106,18 @@ class PretrainTrainer(ExactTrainer):
                 HellaSwagInTraining(questions, args.hellaswag_steps, batch_size, self.accelerator, self.log)
             )
 
+    def take_folder(self, resume_from: str | None, fingerprint: str) -> None:
+        """Also has the first rank of each node read its shards once and compare their checksums."""
+        problem = None
+        if self.is_local_process_zero():
+            try:
+                self.train_dataset.manifest.verify()
+            except UserError as error:
+                problem = str(error)
+        if problem := self._first_problem(problem):
+            raise UserError(problem)
+        super().take_folder(resume_from, fingerprint)
+
     def create_optimizer(self, model=None):
         if self.args.optim in OPTIMIZERS and self.optimizer is None:
             model = self.model if model is None else model

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from llmkit import files
+from llmkit.data.manifest import load_manifest
 from llmkit.errors import UserError
 from llmkit.training import checkpoints, saving
 from llmkit.training.arguments import PretrainArguments
@@ -250,3 +251,16 @@ def test_an_evaluation_that_was_left_out_is_made_up_for(data, tmp_path):
         now = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
         evaluations = [record for record in now if "eval_loss" in record and record["step"] == 4]
         assert [record["eval_loss"] for record in evaluations] == [json.loads(found[0])["eval_loss"]]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_flipped_byte_of_a_shard_is_found_before_it_is_trained_on(data, tmp_path, split):
+    manifest, tokenizer = data
+    shutil.copytree(manifest.directory, tmp_path / "shards")
+    shard = tmp_path / "shards" / f"{split}_00000.bin"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:1000] + bytes([whole[1000] ^ 64]) + whole[1001:])
+    run = trainer((load_manifest(tmp_path / "shards"), tokenizer), tmp_path / "run")
+    with pytest.raises(UserError, match=f"{split}_00000.bin is damaged"):
+        run.train()
+    assert run.state.global_step == 0
