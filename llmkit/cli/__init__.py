@@ -4,6 +4,7 @@
     llmkit shards prepare --output my_shards --tokenizer my_tokenizer --text_files 'books/*.txt'
     llmkit tokenizer show 'def main():' --tokenizer runs/pretrain
     llmkit eval runs/pretrain runs/pretrain/checkpoint-500 --hellaswag hellaswag_val.jsonl
+    llmkit doctor
     llmkit lr-find --config recipes/pretrain_quickstart.yaml
     llmkit audit recipes/sft_qlora.yaml --max_length 512
     llmkit merge runs/sft_qlora merged
@@ -23,10 +24,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llmkit.cli import blame, data, evaluate, finetuning, inference, runs, share, tuning
+from llmkit.cli import blame, data, evaluate, finetuning, inference, planning, runs, share, tuning
 from llmkit.errors import UserError, exit_on_user_error
 
-SUBJECTS = (blame, data, evaluate, finetuning, inference, runs, share, tuning)
+SUBJECTS = (blame, data, evaluate, finetuning, inference, planning, runs, share, tuning)
 
 
 class Parser(argparse.ArgumentParser):

@@ -88,17 +88,20 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
             raise UserError("lr_schedule: one_cycle counts steps of one size: leave out the batch ramp")
 
     def set_accumulation(self, block_size: int) -> None:
-        """Derive `gradient_accumulation_steps` from `total_batch_tokens` for windows of `block_size` tokens.
+        """Derive `gradient_accumulation_steps` for windows of `block_size` tokens, and check the ramp with it."""
+        self.gradient_accumulation_steps = self.accumulation(block_size, self.world_size)
+        self._check_ramp(block_size)
+
+    def accumulation(self, block_size: int, ranks: int) -> int:
+        """The micro-batches of a step on each of `ranks` ranks, which follow from `total_batch_tokens`.
 
         Raises:
             UserError: they do not divide; the line proposes sizes that do.
         """
-        total, batch_size, ranks = self.total_batch_tokens, self.per_device_train_batch_size, self.world_size
+        total, batch_size = self.total_batch_tokens, self.per_device_train_batch_size
         micro = batch_size * block_size * ranks
         if total % micro == 0:
-            self.gradient_accumulation_steps = total // micro
-            self._check_ramp(block_size)
-            return
+            return total // micro
         proposals = [n for n in (total // micro * micro, -(-total // micro) * micro) if n]
         text = f"take total_batch_tokens {' or '.join(map(str, proposals))}"
         if fitting := [size for size in range(1, batch_size) if total % (size * block_size * ranks) == 0]:

@@ -1,0 +1,79 @@
+"""Commands before a run is paid for: `plan`, `doctor`."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from llmkit.errors import UserError
+
+
+def add_commands(nouns) -> None:
+    """Add what is here to the command's parser."""
+    plan = nouns.add_parser(
+        "plan",
+        help="say what a recipe's run will take",
+        description="Print the tokens, floating-point operations, memory, time, cost and disk of a pretraining "
+        "recipe's run. Memory is that of the recipe's real step, run without content. Nothing is downloaded.",
+        allow_abbrev=False,
+    )
+    plan.add_argument("recipe", help="The recipe, such as recipes/pretrain_gpt2_124m.yaml.")
+    plan.add_argument(
+        "--gpu", help="Words of the GPU's name, such as H200 or 'A100 80GB'. The default is this machine."
+    )
+    plan.add_argument("--gpus", type=int, default=1, help="The number of devices, each with a rank (default: 1).")
+    plan.add_argument("--mfu", type=float, default=0.4, help="The share of the peak that is assumed (default: 0.4).")
+    plan.add_argument("--dollars_per_hour", type=float, help="The price of one device for an hour.")
+    plan.add_argument("--measure", action="store_true", help="Take real steps on this machine to measure the pace.")
+    plan.add_argument("--json", action="store_true", help="Print the figures as JSON.")
+    plan.add_argument("fields", nargs=argparse.REMAINDER, help="Any field of the recipe, at the end.")
+    plan.set_defaults(command=_plan)
+
+    doctor = nouns.add_parser(
+        "doctor",
+        help="check whether this machine is set up to train",
+        description="Try what training needs on this machine and print one line for each: ok, warning or error, with "
+        "what to do about it. The exit status is 1 if there is an error.",
+        allow_abbrev=False,
+    )
+    doctor.add_argument(
+        "--output_dir", default="runs", help="The folder for runs, whose disk is checked (default: runs)."
+    )
+    doctor.set_defaults(command=_doctor)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    if args.gpus < 1:
+        raise UserError(f"gpus={args.gpus}: must be at least 1")
+    if not 0 < args.mfu <= 1:
+        raise UserError(f"mfu={args.mfu}: give a share of the peak above 0 and up to 1, such as 0.4")
+    if args.dollars_per_hour is not None and not 0 <= args.dollars_per_hour < 1e6:
+        raise UserError(f"dollars_per_hour={args.dollars_per_hour}: must be at least 0")
+    if args.measure and (args.gpu or args.gpus > 1):
+        raise UserError("--measure is for this machine with one device: leave out --gpu and --gpus")
+
+    from llmkit.data.arguments import DataArguments
+    from llmkit.model.arguments import ModelArguments
+    from llmkit.planning.plan import Hardware, plan_pretraining
+    from llmkit.recipe_parser import RecipeParser
+    from llmkit.training.arguments import PretrainArguments
+
+    parser = RecipeParser((DataArguments, ModelArguments, PretrainArguments), default_config=args.recipe)
+    arguments = parser.parse(args.fields)
+    hardware = Hardware.of(args.gpu, args.gpus)
+    how = {"mfu": args.mfu, "dollars_per_hour": args.dollars_per_hour, "measure": args.measure}
+    plan = plan_pretraining(*arguments, hardware, **how)
+    print(json.dumps(plan.as_dict(), indent=2) if args.json else plan.table())
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from llmkit.planning.doctor import ERROR, examine
+
+    failed = False
+    for finding in examine(Path(args.output_dir).absolute()):
+        print(f"{finding.name:>16}  {finding.state:7}  {finding.text}", flush=True)
+        if finding.fix:
+            print(f"{'':27}to mend it: {finding.fix}")
+        failed = failed or finding.state == ERROR
+    if failed:
+        sys.exit(1)
