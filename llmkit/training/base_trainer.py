@@ -23,6 +23,7 @@ from llmkit.runs.report import write_report
 from llmkit.sharing.hub import RunPusher
 from llmkit.training.callbacks import ProgressLine, Samples, StepsOfArguments, Throughput
 from llmkit.training.lr_finder import RangeTest
+from llmkit.training.memory import out_of_memory
 from llmkit.training.monitoring import ResourceUse
 from llmkit.training.nonfinite import StepGuard
 from llmkit.training.ranks import RankLost, lost_rank
@@ -94,9 +95,11 @@ class ExactTrainer(WholeCheckpoints):
         try:
             return super().train(resume_from_checkpoint, **kwargs)
         except RuntimeError as error:
-            if (message := lost_rank(error, self.args)) is None:
-                raise
-            raise RankLost(message) from error
+            if message := lost_rank(error, self.args):
+                raise RankLost(message) from error
+            if message := out_of_memory(error, self.args):
+                raise UserError(message) from error
+            raise
         finally:
             end_of_training()
 

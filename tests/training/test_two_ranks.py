@@ -9,7 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_schedules import expected_one_cycle
+from transformers import TrainerCallback
 
+from llmkit import files
+from llmkit.training.checkpoints import checkpoint_to_resume, ranks_of
 from small_run import BLOCK, losses, rounding, trainer
 
 TOGETHER = {"optim": "muon", "weight_decay": 0.1, "max_steps": 4, "per_device_train_batch_size": 4, "warmup_steps": 2}
@@ -96,3 +99,56 @@ def test_ranks_drop_out_other_units_and_resume_with_them(two_ranks):
     (mask, *runs), (other_mask, *_) = (found[1] for found in two_ranks[1])
     assert mask != other_mask
     assert runs[1] == runs[0]
+
+
+ELASTIC = """
+import os, sys
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
+from llmkit.data.manifest import load_manifest
+from llmkit.data.tokenizer import load_tokenizer
+from test_two_ranks import go_on
+go_on((load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])), sys.argv[4], 4)
+"""
+EACH_TWO = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 4}
+
+
+def go_on(data, folder, until: int) -> None:
+    """From the newest checkpoint up to a step, as a job that is ended there."""
+    run = trainer(data, folder, **EACH_TWO, resume_from_checkpoint="latest")
+    run.add_callback(EndAt(until))
+    run.train(resume_from_checkpoint=checkpoint_to_resume(run.args))
+
+
+class EndAt(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_from_one_rank_to_two_and_back(data, tmp_path):
+    """Each step has the same batch, and the losses are those of a run on one rank, to rounding."""
+    trainer(data, tmp_path / "whole", **EACH_TWO).train()
+    run = tmp_path / "run"
+    go_on(data, run, 2)
+    files.release_folder(run)
+    data[1].save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "script.py").write_text(ELASTIC)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
+    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", tmp_path / "script.py"]
+    places = [Path(__file__).parent, data[0].directory, tmp_path / "tokenizer", run]
+    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert ranks_of(run / "checkpoint-4") == 2
+    go_on(data, run, 6)
+    logged = [
+        {
+            record["step"]: record["loss"]
+            for record in map(json.loads, path.read_text().splitlines())
+            if "loss" in record
+        }
+        for path in (tmp_path / "whole" / "log.jsonl", run / "log.jsonl")
+    ]
+    assert list(logged[1]) == [1, 2, 3, 4, 5, 6]
+    assert logged[1] == pytest.approx(logged[0], rel=1e-6)
