@@ -50,6 +50,18 @@ def existing_path(name: str) -> Path:
     return path
 
 
+def new_path(name: str) -> Path:
+    """The path of a folder or file to be made.
+
+    Raises:
+        UserError: something is there already.
+    """
+    path = Path(os.path.expanduser(name))
+    if os.path.lexists(path):
+        raise UserError(f"{name} is there already: choose another place or delete it")
+    return path
+
+
 def _near(path: Path) -> str:
     """The end of a message: names like the first part of `path` that is missing, or what stands beside the last."""
     missing = path

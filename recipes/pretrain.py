@@ -8,34 +8,30 @@ accelerate launch recipes/pretrain.py --text_files 'books/*.txt'    # any field 
 import sys
 from pathlib import Path
 
-from transformers.utils.logging import disable_progress_bar
-
 from llmkit.console import shown
-from llmkit.data.arguments import DataArguments
-from llmkit.data.prepare import prepare_pretraining_data
-from llmkit.data.windows import TokenWindows
 from llmkit.errors import exit_on_user_error
-from llmkit.machine import set_up
-from llmkit.model.arguments import ModelArguments
-from llmkit.recipe_parser import RecipeParser
-from llmkit.sharing.hub import check_push
-from llmkit.training.arguments import PretrainArguments
-from llmkit.training.checkpoints import checkpoint_to_resume
-from llmkit.training.pretrain_trainer import PretrainTrainer
-from llmkit.training.stopping import listen
+from llmkit.recipe_kinds import PRETRAIN, parse_recipe
 
 
 @exit_on_user_error
 def main():
+    # What to do. Everything that can be refused is refused here, before anything is written; what is wrong in the
+    # recipe itself before torch and transformers are imported, which takes seconds.
+    default = Path(__file__).with_name("pretrain_quickstart.yaml")
+    data_args, model_args, args = parse_recipe(PRETRAIN, sys.argv[1:], default_config=default)
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from llmkit.data.prepare import prepare_pretraining_data
+    from llmkit.data.windows import TokenWindows
+    from llmkit.machine import set_up
+    from llmkit.sharing.hub import check_push
+    from llmkit.training.checkpoints import checkpoint_to_resume
+    from llmkit.training.pretrain_trainer import PretrainTrainer
+    from llmkit.training.stopping import listen
+
     listen()  # to signals: they save and stop
     disable_progress_bar()  # of transformers' file reading and writing; the training has its own
-
-    # What to do. Everything that can be refused is refused here, before anything is written.
-    parser = RecipeParser(
-        (DataArguments, ModelArguments, PretrainArguments),
-        default_config=Path(__file__).with_name("pretrain_quickstart.yaml"),
-    )
-    data_args, model_args, args = parser.parse(sys.argv[1:])
     set_up(args)  # threads, memory, wandb: what a run wants of its process
     config = model_args.config()
     block_size = model_args.block_size or config.n_positions

@@ -9,43 +9,41 @@ import sys
 import warnings
 from pathlib import Path
 
-import datasets
-from transformers.utils.logging import disable_progress_bar
-
 from llmkit.console import has_color, shown
 from llmkit.errors import exit_on_user_error
-from llmkit.finetuning.adapters import (
-    AdapterArguments,
-    check_run,
-    dtype_ledger,
-    load_base_config,
-    load_base_model,
-    load_chat_tokenizer,
-)
-from llmkit.finetuning.arguments import SFTArguments
-from llmkit.finetuning.audit import audit, show_tokens
-from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
-from llmkit.finetuning.sft_trainer import ConversationTrainer
-from llmkit.machine import set_up
-from llmkit.recipe_parser import RecipeParser
-from llmkit.sharing.hub import check_push
-from llmkit.training.checkpoints import checkpoint_to_resume
-from llmkit.training.stopping import listen
+from llmkit.recipe_kinds import SFT, parse_recipe
 
 
 @exit_on_user_error
 def main():
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
+
+    # What to do. Everything that can be refused is refused here, before anything is written; what is wrong in the
+    # recipe itself before torch and transformers are imported, which takes seconds.
+    default = Path(__file__).with_name("sft_qlora.yaml")
+    data_args, adapter_args, args = parse_recipe(SFT, sys.argv[1:], default_config=default)
+
+    import datasets
+    from transformers.utils.logging import disable_progress_bar
+
+    from llmkit.finetuning.adapters import (
+        check_run,
+        dtype_ledger,
+        load_base_config,
+        load_base_model,
+        load_chat_tokenizer,
+    )
+    from llmkit.finetuning.audit import audit, show_tokens
+    from llmkit.finetuning.conversations import encode_all, load_conversations
+    from llmkit.finetuning.sft_trainer import ConversationTrainer
+    from llmkit.machine import set_up
+    from llmkit.sharing.hub import check_push
+    from llmkit.training.checkpoints import checkpoint_to_resume
+    from llmkit.training.stopping import listen
+
     listen()  # to signals: they save and stop
     disable_progress_bar()  # of transformers and datasets; the training has its own
     datasets.disable_progress_bars()
-    warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
-
-    # What to do. Everything that can be refused is refused here, before anything is written.
-    parser = RecipeParser(
-        (ConversationArguments, AdapterArguments, SFTArguments),
-        default_config=Path(__file__).with_name("sft_qlora.yaml"),
-    )
-    data_args, adapter_args, args = parser.parse(sys.argv[1:])
     set_up(args)
     resume_from = checkpoint_to_resume(args)
     check_run(args, load_base_config(adapter_args), args.max_length)

@@ -24,10 +24,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from llmkit.cli import blame, data, evaluate, finetuning, inference, planning, runs, share, tuning
+from llmkit.cli import blame, data, evaluate, finetuning, inference, planning, runs, share, training, tuning
 from llmkit.errors import UserError, exit_on_user_error
 
-SUBJECTS = (blame, data, evaluate, finetuning, inference, planning, runs, share, tuning)
+SUBJECTS = (training, data, blame, evaluate, finetuning, inference, planning, runs, share, tuning)
 
 
 class Parser(argparse.ArgumentParser):

@@ -14,6 +14,7 @@ from llmkit.cli.arguments import read_stdin
 from llmkit.console import has_color, say
 from llmkit.data.arguments import DataArguments
 from llmkit.errors import UserError
+from llmkit.paths import local_path
 
 CORPUS = ("text_files", "dataset_name", "dataset_config", "dataset_split", "text_column", "streaming")
 
@@ -135,6 +136,7 @@ def _show_tokens(args: argparse.Namespace) -> None:
         )
     if args.html and not Path(args.html).absolute().parent.is_dir():
         raise UserError(f"html={args.html}: its folder does not exist: make it, or choose another file")
+    names = [_tokenizer_path(name) for name in (args.tokenizer, args.compare) if name is not None]
     text = _read_text(args.text)
 
     from llmkit.data.prepare import TOKENIZER
@@ -142,8 +144,8 @@ def _show_tokens(args: argparse.Namespace) -> None:
     from llmkit.data.tokenizer import load_tokenizer
 
     segmentations = []
-    for name in filter(None, (args.tokenizer, args.compare)):
-        folder = Path(name).expanduser() / TOKENIZER  # of token shards that brought their own tokenizer
+    for name in names:
+        folder = Path(name) / TOKENIZER  # of token shards that brought their own tokenizer
         tokenizer = load_tokenizer(str(folder) if folder.is_dir() else name)
         segmentations.append(segment(text, tokenizer, name))
     if args.html:
@@ -157,6 +159,11 @@ def _show_tokens(args: argparse.Namespace) -> None:
         text = with_ids(segmentation) if args.ids else in_terminal(segmentation, color)
         print(text.removesuffix("\n"), end="\n\n")
     say(facts_table(segmentations))
+
+
+def _tokenizer_path(name: str) -> str:
+    """A tokenizer's folder or its name on the Hub. Called before transformers is imported: see `local_path`."""
+    return str(local_path(name) or name)
 
 
 def _read_text(source: str) -> str:
@@ -177,6 +184,9 @@ def _read_text(source: str) -> str:
 
 
 def _prepare_shards(args: argparse.Namespace) -> None:
+    if args.tokenizer not in ("bpe", "character"):
+        args.tokenizer = _tokenizer_path(args.tokenizer)
+
     from llmkit.data.prepare import prepare_pretraining_data
 
     how = {name: getattr(args, name) for name in ("shard_tokens", "num_workers") if getattr(args, name) is not None}

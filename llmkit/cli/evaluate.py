@@ -7,6 +7,7 @@ from pathlib import Path
 
 from llmkit.console import shown
 from llmkit.errors import UserError
+from llmkit.paths import checkpoint_path
 from llmkit.runs.metrics import METRICS
 
 # Windows of a model that reads more than this: longer ones cost memory, and few texts are long enough to gain by them.
@@ -51,6 +52,7 @@ def add_commands(nouns) -> None:
 
 def _evaluate(args: argparse.Namespace) -> None:
     _check(args)
+    args.checkpoints = [checkpoint_path(name) for name in args.checkpoints]
 
     import torch
     from accelerate import Accelerator

@@ -1,8 +1,12 @@
 """Commands around a fine-tune: `audit` before it, `merge` after it."""
 
 import argparse
+from pathlib import Path
 
 from llmkit.console import has_color, say
+from llmkit.errors import UserError
+from llmkit.paths import checkpoint_path, new_path
+from llmkit.recipe_kinds import SFT, parse_recipe
 
 
 def add_commands(nouns) -> None:
@@ -23,14 +27,12 @@ def add_commands(nouns) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
-    from llmkit.finetuning.adapters import AdapterArguments, load_chat_tokenizer
-    from llmkit.finetuning.arguments import SFTArguments
-    from llmkit.finetuning.audit import Audit, audit, show_tokens
-    from llmkit.finetuning.conversations import ConversationArguments, encode_all, load_conversations
-    from llmkit.recipe_parser import RecipeParser
+    data_args, adapter_args, training_args = parse_recipe(SFT, args.fields, default_config=args.recipe)
 
-    parser = RecipeParser((ConversationArguments, AdapterArguments, SFTArguments), default_config=args.recipe)
-    data_args, adapter_args, training_args = parser.parse(args.fields)
+    from llmkit.finetuning.adapters import load_chat_tokenizer
+    from llmkit.finetuning.audit import Audit, audit, show_tokens
+    from llmkit.finetuning.conversations import encode_all, load_conversations
+
     tokenizer = load_chat_tokenizer(adapter_args)
     train, validation = load_conversations(data_args)
     for conversations, check in ((train, Audit.check), (validation, Audit.check_held_out)):
@@ -44,6 +46,11 @@ def _audit(args: argparse.Namespace) -> None:
 def _merge(args: argparse.Namespace) -> None:
     import warnings
 
+    adapter = checkpoint_path(args.adapter)
+    if (Path(adapter) / "config.json").is_file() and not (Path(adapter) / "adapter_config.json").is_file():
+        raise UserError(f"{adapter} is a plain checkpoint: it has no adapter to merge")
+    new_path(args.output)
+
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -51,5 +58,5 @@ def _merge(args: argparse.Namespace) -> None:
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
-    print(merge_adapter(args.adapter, args.output, getattr(torch, args.dtype), args.base).table())
+    print(merge_adapter(adapter, args.output, getattr(torch, args.dtype), args.base).table())
     print(f"saved {args.output}")

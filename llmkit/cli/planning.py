@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.recipe_kinds import PRETRAIN, parse_recipe
 
 
 def add_commands(nouns) -> None:
@@ -52,14 +53,10 @@ def _plan(args: argparse.Namespace) -> None:
     if args.measure and (args.gpu or args.gpus > 1):
         raise UserError("--measure is for this machine with one device: leave out --gpu and --gpus")
 
-    from llmkit.data.arguments import DataArguments
-    from llmkit.model.arguments import ModelArguments
-    from llmkit.planning.plan import Hardware, plan_pretraining
-    from llmkit.recipe_parser import RecipeParser
-    from llmkit.training.arguments import PretrainArguments
+    arguments = parse_recipe(PRETRAIN, args.fields, default_config=args.recipe)
 
-    parser = RecipeParser((DataArguments, ModelArguments, PretrainArguments), default_config=args.recipe)
-    arguments = parser.parse(args.fields)
+    from llmkit.planning.plan import Hardware, plan_pretraining
+
     hardware = Hardware.of(args.gpu, args.gpus)
     how = {"mfu": args.mfu, "dollars_per_hour": args.dollars_per_hour, "measure": args.measure}
     plan = plan_pretraining(*arguments, hardware, **how)

@@ -3,6 +3,7 @@
 import argparse
 
 from llmkit.console import shown
+from llmkit.paths import existing_path
 
 
 def add_commands(nouns) -> None:
@@ -25,9 +26,11 @@ def add_commands(nouns) -> None:
 
 
 def _report(args: argparse.Namespace) -> None:
+    runs = [existing_path(run) for run in args.runs]
+
     from llmkit.runs.report import write_report
 
-    print(f"wrote {write_report(args.runs, args.output)}")
+    print(f"wrote {write_report(runs, args.output)}")
 
 
 def _runs(args: argparse.Namespace) -> None:

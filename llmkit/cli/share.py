@@ -2,6 +2,8 @@
 
 import argparse
 
+from llmkit.paths import existing_path
+
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
@@ -19,6 +21,8 @@ def add_commands(nouns) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
+    checkpoint = str(existing_path(args.checkpoint))
+
     from transformers.utils.logging import disable_progress_bar
 
     from llmkit.sharing.hub import Repository, patiently, push
@@ -26,5 +30,5 @@ def _push(args: argparse.Namespace) -> None:
     disable_progress_bar()
     repository = Repository(args.repository, not args.public, args.revision, license=args.license, base=args.base)
     message = "Upload with llmkit"
-    url = patiently(lambda: push(args.checkpoint, repository, message, keep_card=args.keep_card))
-    print(f"pushed {args.checkpoint} to {url}")
+    url = patiently(lambda: push(checkpoint, repository, message, keep_card=args.keep_card))
+    print(f"pushed {checkpoint} to {url}")

@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.recipe_kinds import PRETRAIN, SFT, check_recipe
 
 FEWEST_STEPS = 20
+KINDS = {"pretrain": PRETRAIN, "sft": SFT}
 
 
 def add_commands(nouns) -> None:
@@ -46,7 +48,7 @@ def _lr_find(args: argparse.Namespace) -> None:
     name = Path(options.config).stem
     output = Path(options.output or Path("lr_find") / name)
     kind = name.split("_")[0]
-    if kind not in ("pretrain", "sft"):
+    if kind not in KINDS:
         raise UserError(
             f"config={options.config}: a recipe's name says which script it is for: begin it with pretrain_ or sft_"
         )
@@ -58,6 +60,7 @@ def _lr_find(args: argparse.Namespace) -> None:
         raise UserError(f"num_steps={options.num_steps}: a curve takes {FEWEST_STEPS} or more, such as 100")
     if output.exists() and not output.is_dir():
         raise UserError(f"output={output} is a file: give a folder")
+    check_recipe(KINDS[kind], fields, options.config)
 
     from llmkit.runs.run import load_run
     from llmkit.training.lr_finder import Step, draw, half_width, run_recipe, suggest, write_csv

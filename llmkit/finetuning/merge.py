@@ -36,6 +36,7 @@ from llmkit.finetuning.adapters import (
 from llmkit.finetuning.conversations import encode
 from llmkit.finetuning.turns import Malformed, split_guanaco
 from llmkit.model.loss import IGNORE_INDEX
+from llmkit.paths import new_path
 
 # The gate. Rounding the merged weights to bfloat16 moved a token's distribution by about 1e-4 nats where it was
 # measured, and a wrong merge (a transposed or doubled update) by more than 0.1.
@@ -87,8 +88,7 @@ def merge_adapter(adapter: str, output: str, dtype: torch.dtype, base: str | Non
     Raises:
         UserError: not a LoRA adapter, no base, `output` is there already, or the merged model is past the bounds.
     """
-    if Path(output).exists():
-        raise UserError(f"{output} is there already: choose another folder or delete it")
+    new_path(output)
     folder = adapter_folder(adapter)
     config = adapter_config(folder)
     place, revision = base or config.base_model_name_or_path, None if base else config.revision

@@ -1,0 +1,148 @@
+"""The two kinds of recipes: which script runs one, which dataclasses its keys fill, and its `--help`.
+
+What a recipe's file and command line say is checked against the fields as they are written before anything heavy is
+imported, so that a mistake is answered at once.
+"""
+
+import importlib
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import llmkit
+from llmkit.errors import UserError
+from llmkit.recipe_fields import WrittenField, written_dataclass, written_fields
+
+WIDTH = 100  # of the help
+
+
+@dataclass(frozen=True)
+class RecipeKind:
+    """A kind of recipe.
+
+    Attributes:
+        name: how the names of its files begin.
+        command: the `llmkit` command that runs it.
+        script: the file with its `main()`.
+        dataclasses: the dotted names of those that its keys fill, in the order of `parse_recipe`.
+    """
+
+    name: str
+    command: str
+    script: str
+    dataclasses: tuple[str, ...]
+
+    def script_path(self) -> Path:
+        """Where the script is: beside the package in a checkout, within it where it was installed."""
+        package = Path(llmkit.__file__).parent
+        for folder in (package / "recipes", package.parent / "recipes"):
+            if (folder / self.script).is_file():
+                return folder / self.script
+        raise UserError(f"{self.script} did not come with this installation: get recipes/ from llmkit's repository")
+
+
+PRETRAIN = RecipeKind(
+    name="pretrain",
+    command="train",
+    script="pretrain.py",
+    dataclasses=(
+        "llmkit.data.arguments.DataArguments",
+        "llmkit.model.arguments.ModelArguments",
+        "llmkit.training.arguments.PretrainArguments",
+    ),
+)
+SFT = RecipeKind(
+    name="sft",
+    command="sft",
+    script="sft_qlora.py",
+    dataclasses=(
+        "llmkit.finetuning.conversations.ConversationArguments",
+        "llmkit.finetuning.adapters.AdapterArguments",
+        "llmkit.finetuning.arguments.SFTArguments",
+    ),
+)
+KINDS = (PRETRAIN, SFT)
+
+
+def parse_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> tuple:
+    """The filled dataclasses of a recipe. `--help` prints the fields and ends the program.
+
+    Args:
+        argv: what follows the script's name: `--config FILE.yaml`, and fields as `--field value`.
+        default_config: the file that is read where no `--config` is given.
+
+    Raises:
+        UserError: an unknown or repeated key, a value of the wrong type, an unreadable file, a recipe of another kind,
+            or what a dataclass refuses.
+    """
+    check_recipe(kind, argv, default_config)
+
+    from llmkit.recipe_parser import RecipeParser
+
+    modules = [name.rpartition(".") for name in kind.dataclasses]
+    types = [getattr(importlib.import_module(module), name) for module, _, name in modules]
+    return RecipeParser(types, default_config).parse(list(argv))
+
+
+def check_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> None:
+    """Refuse what can be refused without torch: see `parse_recipe`. `--help` ends the program here."""
+    if {"-h", "--help"} & set(argv):
+        print(help_text(kind, everything="all" in argv))
+        sys.exit(0)
+
+    from llmkit.recipe_parser import RecipeParser
+
+    try:
+        RecipeParser([written_dataclass(name) for name in kind.dataclasses], default_config).parse(list(argv))
+    except UserError as error:
+        if other := _other_kind(kind, argv, default_config):
+            raise UserError(f"{error}. This looks like a recipe for `llmkit {other.command}`") from error
+        raise
+
+
+def _other_kind(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> RecipeKind | None:
+    """The other kind, if the recipe and its command line are right as one of that kind."""
+    from llmkit.recipe_parser import RecipeParser
+
+    for other in KINDS:
+        try:
+            if other is not kind:
+                RecipeParser([written_dataclass(name) for name in other.dataclasses], default_config).parse(list(argv))
+                return other
+        except UserError:
+            pass
+    return None
+
+
+def help_text(kind: RecipeKind, everything: bool) -> str:
+    """The fields by subject: llmkit's own, or those inherited from transformers and TRL as well."""
+    by_class: dict[str, list[WrittenField]] = defaultdict(list)
+    for name in kind.dataclasses:
+        for field in written_fields(name):
+            by_class[field.owner].append(field)
+    own = {owner: fields for owner, fields in by_class.items() if owner.startswith("llmkit.")}
+    parts = [
+        f"usage: llmkit {kind.command} RECIPE.yaml [--FIELD VALUE ...]",
+        "Each key of a recipe is an option, and an option wins over the recipe's key. `--FIELD null` clears a key.",
+    ]
+    for owner, fields in (by_class if everything else own).items():
+        subject = owner.rpartition(".")[2].removesuffix("Arguments")
+        parts.append("\n".join([f"{subject}:", *(_option(field) for field in fields)]))
+    if not everything:
+        count = sum(map(len, by_class.values())) - sum(map(len, own.values()))
+        parts.append(
+            f"{count} more, such as learning_rate and max_steps, come from transformers and TRL: see --help all."
+        )
+    return "\n\n".join(parts)
+
+
+def _option(field: WrittenField) -> str:
+    kind = field.type.__name__ if isinstance(field.type, type) else str(field.type).removesuffix(" | None")
+    default = "" if field.default in (None, [], "") else f" (default: {field.default})"
+    lines = textwrap.wrap(
+        f"{field.metadata.get('help', '')}{default}", width=WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
+    )
+    return "\n".join([f"  --{field.name} {kind.replace('typing.', '')}", *lines])
