@@ -17,7 +17,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
 def options(types: list[type]) -> dict[str, tuple]:
-    """What each option of a command line takes. A class of a package's own is text: only running it would tell more."""
+    """What each option of a command line takes. A class that is not builtin counts as text."""
     found = {}
     for action in RecipeParser(types, "x")._actions:
         is_own = isinstance(action.type, type) and action.type.__module__ != "builtins"
