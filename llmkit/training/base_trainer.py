@@ -29,7 +29,7 @@ from llmkit.training.nonfinite import StepGuard
 from llmkit.training.ranks import RankLost, lost_rank
 from llmkit.training.saving import ResumedState, WholeCheckpoints
 from llmkit.training.schedules import RANGE_TEST, check_schedule, create_schedule
-from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, keep_workers
+from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, ignore_signals, keep_workers
 
 
 class ExactTrainer(WholeCheckpoints):
@@ -96,6 +96,7 @@ class ExactTrainer(WholeCheckpoints):
             return super().train(resume_from_checkpoint, **kwargs)
         except RuntimeError as error:
             if message := lost_rank(error, self.args):
+                ignore_signals()  # the launcher's, which would interrupt the line that says why
                 raise RankLost(message) from error
             if message := out_of_memory(error, self.args):
                 raise UserError(message) from error

@@ -93,6 +93,11 @@ def _watch(reader: int, launcher: int | None, process: int) -> None:
 
 def leave_signals_to_the_run(worker_id: int) -> None:
     """A DataLoader's `worker_init_fn`: a signal to the whole group must not take away the data of the last step."""
+    ignore_signals()
+
+
+def ignore_signals() -> None:
+    """Of a process that others end, or that is ending by itself."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
