@@ -2,7 +2,7 @@
 # make test    run the tests
 # make lint    check style
 # make bench   measure training, fine-tuning and data beside what else there is: 20 minutes on 2 CPU cores
-# make docs    correct the line numbers with which docs/ points into the code
+# make docs    bring docs/ up to date with the code: its line numbers, and the reference of all keys
 # make chaos   kill runs 200 times and compare what comes out: half an hour or more on 2 CPU cores
 # make install only set up .venv, which the others do as well
 

@@ -109,6 +109,8 @@ class Manifest:
         Raises:
             UserError: a shard is damaged.
         """
+        if self.directory is None:  # tokens in memory, which no disk has kept
+            return
         shards = [shard for split in self.splits.values() for shard in split.shards]
         with ThreadPoolExecutor(max_workers=4) as pool:  # reading and hashing leave Python to itself
             found = pool.map(lambda shard: checksum(self.directory / shard.name), shards)
