@@ -45,16 +45,20 @@ class AdapterArguments:
     # What a resumed run has to have the same.
     DECISIVE: ClassVar[set[str]] = {"model", "model_revision", "quantization", "lora_r", "lora_alpha", "lora_dropout"}
 
-    model: str = field(default="microsoft/phi-2", metadata={"help": "A causal LM on the Hub, or its folder."})
-    model_revision: str | None = field(default=None, metadata={"help": "Its commit or branch on the Hub."})
-    quantization: Literal["nf4", "none"] = field(
-        default="nf4", metadata={"help": "Hold the base in 4 bits (NF4, double quantization), or as it is."}
+    model: str = field(
+        default="microsoft/phi-2", metadata={"help": "A causal language model on the Hub, or its folder."}
     )
-    lora_r: int = field(default=16, metadata={"help": "Rank of the update of each linear layer."})
-    lora_alpha: int = field(default=32, metadata={"help": "The update is scaled by lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout on the adapters' input."})
+    model_revision: str | None = field(default=None, metadata={"help": "The model's commit or branch on the Hub."})
+    quantization: Literal["nf4", "none"] = field(
+        default="nf4",
+        metadata={"help": "Hold the base model in 4 bits (nf4, with double quantization), or as it is (none)."},
+    )
+    lora_r: int = field(default=16, metadata={"help": "The rank of the adapters."})
+    lora_alpha: int = field(default=32, metadata={"help": "The adapters' output is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "The dropout probability of the adapters' input."})
     attn_implementation: str = field(
-        default="sdpa", metadata={"help": "sdpa, eager or, where installed, flash_attention_2."}
+        default="sdpa",
+        metadata={"help": "The attention kernel: sdpa, eager or, where it is installed, flash_attention_2."},
     )
 
     def __post_init__(self):

@@ -51,13 +51,16 @@ class SFTArguments(RunArguments, SFTConfig):
         "trust_remote_code": "only the code of installed packages is run",
     }
 
-    sample_tokens: int = field(default=128, metadata={"help": "Length of the answers, in tokens, if they go on."})
+    sample_tokens: int = field(default=128, metadata={"help": "The longest sample answer, in tokens."})
 
     # Other defaults than SFTConfig's, each for a reason.
     activation_checkpointing: bool | None = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass: slower by a fifth, far smaller."}
+        default=True,
+        metadata={
+            "help": "Recompute activations in the backward pass. This takes a fifth longer and far less memory."
+        },
     )
-    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step, to compare with."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step, for comparison."})
 
     def __post_init__(self):
         super().__post_init__()

@@ -53,16 +53,20 @@ class ConversationArguments:
         default=None, metadata={"help": "Paths, globs or URLs of .jsonl or .parquet files, one conversation a row."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a local folder."})
-    dataset_config: str | None = field(default=None, metadata={"help": "The dataset's configuration, if it has any."})
-    dataset_split: str = field(default="train", metadata={"help": "The split that is trained on."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "The dataset's configuration, if it has several."}
+    )
+    dataset_split: str = field(default="train", metadata={"help": "The split of the dataset that is used."})
     validation_split: str | None = field(
-        default=None, metadata={"help": "The dataset's split for validation; by default a part of the training split."}
+        default=None,
+        metadata={"help": "The dataset's split for validation. The default is a part of the training split."},
     )
     validation_fraction: float = field(
-        default=0.02, metadata={"help": "The part of the training split held out for it."}
+        default=0.02, metadata={"help": "The fraction of the training split that is held out for validation."}
     )
     text_column: str = field(
-        default="text", metadata={"help": "The column of guanaco text, where there are no messages and no prompts."}
+        default="text",
+        metadata={"help": "The column that holds guanaco's text, in rows without messages and prompts."},
     )
 
 

@@ -27,17 +27,24 @@ class ModelArguments:
         "init_from": ("preset", *SHAPE),
     }
 
-    preset: str | None = field(default=None, metadata={"help": "124M, 355M, 774M, 1558M or gpt3-125M."})
-    init_from: str | None = field(
-        default=None, metadata={"help": "Start from this checkpoint's weights, e.g. openai-community/gpt2."}
+    preset: str | None = field(
+        default=None, metadata={"help": "A published size: 124M, 355M, 774M, 1558M or gpt3-125M."}
     )
-    block_size: int | None = field(default=None, metadata={"help": "Context length in tokens (n_positions)."})
-    n_layer: int | None = None
-    n_head: int | None = None
-    n_embd: int | None = None
-    dropout: float = field(default=0.0, metadata={"help": "For embeddings, attention weights and residuals."})
+    init_from: str | None = field(
+        default=None, metadata={"help": "Start from the weights of this checkpoint, such as openai-community/gpt2."}
+    )
+    block_size: int | None = field(default=None, metadata={"help": "The context length in tokens (n_positions)."})
+    n_layer: int | None = field(default=None, metadata={"help": "The number of layers."})
+    n_head: int | None = field(default=None, metadata={"help": "The number of attention heads of a layer."})
+    n_embd: int | None = field(default=None, metadata={"help": "The width of the model, a multiple of n_head."})
+    dropout: float = field(
+        default=0.0, metadata={"help": "The dropout probability of embeddings, attention weights and residuals."}
+    )
     attn_implementation: str = field(
-        default="sdpa", metadata={"help": "sdpa, eager, flex_attention or, where installed, flash_attention_2."}
+        default="sdpa",
+        metadata={
+            "help": "The attention kernel: sdpa, eager, flex_attention or, where it is installed, flash_attention_2."
+        },
     )
 
     def __post_init__(self):

@@ -31,23 +31,33 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
     METRICS: ClassVar[tuple[str, ...]] = ("loss", "perplexity", "bits_per_byte")
 
     total_batch_tokens: int = field(
-        default=524_288, metadata={"help": "Tokens per step over all ranks; accumulation is derived."}
+        default=524_288, metadata={"help": "The tokens of a step over all ranks. The accumulation follows from it."}
     )
     batch_ramp_start: int | None = field(
-        default=None, metadata={"help": "Tokens of the first step's batch, which then grows to the full one."}
+        default=None, metadata={"help": "The batch of the first step, in tokens. It then grows to the full batch."}
     )
     batch_ramp_tokens: int | None = field(
-        default=None, metadata={"help": "Tokens over which it grows, linearly; max_steps still counts full batches."}
+        default=None,
+        metadata={
+            "help": "The number of tokens over which the batch grows linearly. max_steps still counts full batches."
+        },
     )
     monitor_steps: int = field(
-        default=0, metadata={"help": "Log norms of gradients, weights and updates every so many steps; 0: never."}
+        default=0,
+        metadata={"help": "The number of steps between two logs of gradient, weight and update norms. 0 means never."},
     )
-    hellaswag_steps: int = field(default=0, metadata={"help": "Score HellaSwag every so many steps; 0: never."})
+    hellaswag_steps: int = field(
+        default=0, metadata={"help": "The number of steps between two HellaSwag scores. 0 means never."}
+    )
     hellaswag_file: str | None = field(
-        default=None, metadata={"help": "Its questions, a JSONL file as the official one; default: from the Hub."}
+        default=None,
+        metadata={"help": "A JSONL file of HellaSwag questions in the official format. The default is the Hub's."},
     )
     hellaswag_questions: int | None = field(
-        default=None, metadata={"help": "Take the first so many questions; default: all, 10,042 in the official one."}
+        default=None,
+        metadata={
+            "help": "The number of questions, from the first on. The default is all (10,042 in the official file)."
+        },
     )
     sample_prompts: list[str] = field(
         default_factory=list,
@@ -56,11 +66,13 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
             "takes the beginnings of held-out documents."
         },
     )
-    sample_tokens: int = field(default=64, metadata={"help": "Length of those samples, in tokens."})
+    sample_tokens: int = field(default=64, metadata={"help": "The longest sample, in tokens."})
 
-    torch_compile: bool | None = field(default=None, metadata={"help": "torch.compile; default: on NVIDIA GPUs."})
+    torch_compile: bool | None = field(
+        default=None, metadata={"help": "Use torch.compile. The default is to use it on NVIDIA GPUs."}
+    )
     use_cache: bool = field(
-        default=True, metadata={"help": "Saved in config.json for generation; training with targets makes no cache."}
+        default=True, metadata={"help": "Saved in config.json for generation. Training makes no cache."}
     )
 
     def __post_init__(self):

@@ -35,10 +35,11 @@ class OptimizerArguments:
 
     optim: str = field(
         default="adamw_torch_fused",
-        metadata={"help": "One of Trainer's, or muon: Muon for the matrices of the layers, AdamW for the rest."},
+        metadata={"help": "One of Trainer's optimizers, or muon: Muon for the layers' matrices, AdamW for the rest."},
     )
     muon_learning_rate: float | None = field(
-        default=None, metadata={"help": "Of Muon's part; by default learning_rate, which is of AdamW's part always."}
+        default=None,
+        metadata={"help": "Muon's learning rate. The default is learning_rate, which AdamW's part always uses."},
     )
 
     def __post_init__(self):

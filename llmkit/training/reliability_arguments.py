@@ -13,17 +13,25 @@ class ReliabilityArguments:
 
     on_save_failure: Literal["continue", "stop"] = field(
         default="continue",
-        metadata={"help": "If a checkpoint cannot be written: continue (and try at the next save), or stop."},
+        metadata={
+            "help": "What to do if a checkpoint cannot be written: continue and try again at the next save, or stop."
+        },
     )
     on_nonfinite: Literal["stop", "skip"] = field(
         default="stop",
-        metadata={"help": "At a loss or gradient that is not finite: stop, or skip the step (10 of any 1,000)."},
+        metadata={
+            "help": "What to do if a loss or gradient is not finite: stop, or skip the step (at most 10 of any 1,000)."
+        },
     )
     on_spike: Literal["ignore", "warn", "skip"] = field(
-        default="ignore", metadata={"help": "At a step whose loss is far above those before it."}
+        default="ignore",
+        metadata={
+            "help": "What to do if a step's loss is far above those before it: ignore it, warn, or skip the step."
+        },
     )
     spike_zscore: float = field(
-        default=6.0, metadata={"help": "How far, in standard deviations of the last 128 losses."}
+        default=6.0,
+        metadata={"help": "How far above the mean a spike is, in standard deviations of the last 128 losses."},
     )
 
     def __post_init__(self):

@@ -58,28 +58,35 @@ class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArgumen
     METRICS: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
 
     sample_prompts: list[str] = field(
-        default_factory=list, metadata={"help": "Prompts (in fine-tuning: questions) answered at each evaluation."}
+        default_factory=list,
+        metadata={"help": "Prompts, or in fine-tuning questions, that are answered at each evaluation."},
     )
-    sample_tokens: int = field(default=128, metadata={"help": "Longest sample, in tokens."})
+    sample_tokens: int = field(default=128, metadata={"help": "The longest sample, in tokens."})
 
     # Chosen from the machine where not stated.
     bf16: bool | None = field(
-        default=None, metadata={"help": "bfloat16 autocast; default: accelerate's mixed_precision, else where fast."}
+        default=None,
+        metadata={
+            "help": "Use bfloat16 autocast. The default is accelerate's setting, or what this machine is fast at."
+        },
     )
 
     # Other defaults than Trainer's, each for a reason.
     logging_first_step: bool = field(
-        default=True, metadata={"help": "Log the first step too, so that curves begin where the training does."}
+        default=True, metadata={"help": "Log the first step too, so that curves begin where training begins."}
     )
     logging_nan_inf_filter: bool = field(
-        default=False, metadata={"help": "Not supported: a loss that is not finite stops the run."}
+        default=False, metadata={"help": "Not supported, because a loss that is not finite stops the run."}
     )
     greater_is_better: bool | None = field(
         default=False,
         metadata={"help": "Always false: every metric of an evaluation is better if it is lower."},
     )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Every trained parameter is used in every step, so DDP need not look."}
+        default=False,
+        metadata={
+            "help": "Let DDP search for unused parameters. Every parameter is used in every step, so it need not."
+        },
     )
 
     def __post_init__(self):

@@ -36,22 +36,22 @@ class ScheduleArguments:
 
     lr_schedule: Literal["cosine", "linear", "wsd", "one_cycle", "constant", "range_test"] = field(
         default="cosine",
-        metadata={"help": "Course of the learning rate, after (one_cycle: from) the warm-up."},
+        metadata={"help": "The shape of the learning rate over the run."},
     )
     min_lr_ratio: float = field(
         default=0.0,
-        metadata={"help": "Where cosine, linear and wsd end, as a fraction of learning_rate."},
+        metadata={"help": "The value at which cosine, linear and wsd end, as a fraction of learning_rate."},
     )
     decay_until_step: int | None = field(
         default=None,
-        metadata={"help": "The step at which cosine or linear are at their end; default: the last."},
+        metadata={"help": "The step at which cosine and linear reach their end. The default is the last step."},
     )
     wsd_decay_steps: float = field(
-        default=0.2, metadata={"help": "Length of wsd's decay, in steps; below 1: as a fraction of the run."}
+        default=0.2, metadata={"help": "The length of wsd's decay in steps, or below 1 as a fraction of the run."}
     )
-    range_test_min_lr: float = field(default=1e-5, metadata={"help": "Learning rate of range_test's first step."})
-    range_test_max_lr: float = field(default=1.0, metadata={"help": "Learning rate of range_test's last step."})
-    lr_scheduler_type: str | None = field(default=None, metadata={"help": "Not used here: see lr_schedule."})
+    range_test_min_lr: float = field(default=1e-5, metadata={"help": "The learning rate of range_test's first step."})
+    range_test_max_lr: float = field(default=1.0, metadata={"help": "The learning rate of range_test's last step."})
+    lr_scheduler_type: str | None = field(default=None, metadata={"help": "Not supported: give lr_schedule."})
 
     def __post_init__(self):
         self.lr_scheduler_type = "linear"  # Trainer wants one, to be made an enum
