@@ -93,7 +93,7 @@ class Manifest:
         """Raise ValueError where the fields contradict each other, as those of a damaged file may."""
         names = [shard.name for split in self.splits.values() for shard in split.shards]
         counts = [count for split in self.splits.values() for count in (split.tokens, split.documents, split.bytes)]
-        if tuple(self.splits) != SPLITS or any(os.path.basename(name) != name for name in names):
+        if tuple(self.splits) != SPLITS or any(not _is_plain(name) for name in names):
             raise ValueError("splits")
         if any(Split.of(split.shards) != split for split in self.splits.values()) or min(counts) < 1:
             raise ValueError("the counts of tokens, documents and bytes")
@@ -126,6 +126,11 @@ class Manifest:
         fields = asdict(self)
         del fields["directory"]  # so that folders can be moved
         write_json(self.directory / MANIFEST, fields)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file within the folder."""
+    return name not in ("", ".", "..") and os.path.basename(name) == name and "\0" not in name
 
 
 def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Manifest:

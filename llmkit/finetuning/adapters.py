@@ -275,7 +275,7 @@ def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> P
         )
         if settings.exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, TypeError, ImportError, SafetensorError) as error:
         raise UserError(
             f"{adapter}: its base {place} does not load ({reason(error)}): set --base if it has moved"
         ) from error

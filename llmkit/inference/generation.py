@@ -82,7 +82,7 @@ def load_model(checkpoint: str, quantize: Quantization | None, device: torch.dev
         return AutoModelForCausalLM.from_pretrained(
             checkpoint, device_map={"": device}, trust_remote_code=False, use_safetensors=True, **how
         ).eval()
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{checkpoint}: its model does not load ({reason(error)})") from error
 
 

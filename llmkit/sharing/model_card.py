@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmkit.runs.run import LOG, Run, load_run
 from llmkit.sharing.loss_curve import draw_loss
 
 PICTURE = "loss_curve.png"
+TRAINER_STATE = "trainer_state.json"  # as Trainer names it, whose import takes seconds
 # What is shown of a run's arguments, in this order, where it is in the record. Paths and names are not among it.
 HYPERPARAMETERS = ("max_steps", "num_train_epochs", "total_batch_tokens", "per_device_train_batch_size")
 HYPERPARAMETERS += ("gradient_accumulation_steps", "block_size", "max_length", "packing", "optim", "learning_rate")
@@ -33,7 +35,8 @@ def run_of(checkpoint: Path) -> Run | None:
     run = load_run(checkpoint)
     if not within:
         return run
-    step = int(checkpoint.name.rpartition("-")[2])
+    if (step := _step_of(checkpoint)) is None:
+        return None
     log = [record for record in run.log if record["step"] <= step]
     while len(log) > 1 and "run" in log[-1]:  # a later start, which went on from this checkpoint
         log.pop()
@@ -50,6 +53,17 @@ def run_of(checkpoint: Path) -> Run | None:
         samples=samples,
         end=run.end if run.end in log else None,
     )
+
+
+def _step_of(checkpoint: Path) -> int | None:
+    """The step in a checkpoint's name; under another name, as `checkpoint-best`, that of the state saved with it."""
+    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    if number.isdecimal():
+        return int(number)
+    try:
+        return int(_read(checkpoint / TRAINER_STATE)["global_step"])
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def write_model_card(
@@ -100,7 +114,7 @@ def write_model_card(
 def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None) -> str:
     count = sum(map(_parameters, folder.glob("*.safetensors")))
     if adapter:
-        kind = adapter["peft_type"].replace("LORA", "LoRA")
+        kind = _text(adapter["peft_type"]).replace("LORA", "LoRA")
         rank = f" of rank {adapter['r']} with {count:,} parameters" if kind == "LoRA" else ""
         text = f"A {kind} adapter{rank} for {_link(base)}"
         if quantization := _read(folder / "quantization_config.json"):
@@ -179,7 +193,7 @@ def _data(run: Run, dataset: str | None) -> str:
     elif source.get("text_files") or source.get("data_files"):
         name = "local files"  # their names are the user's own
     else:
-        name = data["description"]
+        name = _text(data["description"])
     last, rows = _last(run.log, "epoch"), {"Source": name}
     if "train_tokens" in data:
         rows["To train on"] = f"{data['train_tokens']:,} tokens in {data['train_documents']:,} documents"
@@ -219,10 +233,10 @@ def _training(run: Run) -> str:
     seconds = run.seconds()[-1]
     time = f"{hours} h {minutes} min" if hours else f"{minutes} min" if minutes > 1 else f"{seconds:.0f} s"
     parts = f", in {len(run.starts)} parts" if len(run.starts) > 1 else ""
-    text = f"On {machine['ranks']} x {machine['device']}, in {time}, evaluations included{parts}"
+    text = f"On {machine['ranks']} x {_text(machine['device'])}, in {time}, evaluations included{parts}"
     if speeds := sorted(record["tokens_per_second"] for record in run.training if "tokens_per_second" in record):
         text += f"; {speeds[len(speeds) // 2]:,.0f} tokens per second in the median"
-    return text + ". With " + ", ".join(f"{name} {number}" for name, number in versions.items()) + "."
+    return text + ". With " + ", ".join(_text(f"{name} {number}") for name, number in versions.items()) + "."
 
 
 def _hyperparameters(run: Run, adapter: dict) -> dict[str, str]:
@@ -236,8 +250,8 @@ def _hyperparameters(run: Run, adapter: dict) -> dict[str, str]:
 
 def _plain(value: object) -> str:
     if isinstance(value, list):
-        return ", ".join(map(str, sorted(value)))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+        return _text(", ".join(sorted(map(str, value))))
+    return f"{value:g}" if isinstance(value, float) else _text(value)
 
 
 def _samples(run: Run) -> list[str]:
@@ -274,7 +288,17 @@ def _section(title: str, *parts: str) -> str:
 
 
 def _table(rows: dict[str, str]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())])
+
+
+def _cell(markdown: str) -> str:
+    """What would end a cell of a table, or its row, does so no more."""
+    return " ".join(markdown.split()).replace("|", r"\|")
+
+
+def _text(value: object) -> str:
+    """A value of a log or a configuration as text alone: none of its signs is Markdown, and it stays in its line."""
+    return re.sub(r"([\\`*\[\]<>])", r"\\\1", " ".join(str(value).split()))
 
 
 def _code(text: str, language: str = "") -> str:

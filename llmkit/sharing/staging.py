@@ -45,11 +45,18 @@ def check_checkpoint(checkpoint: Path) -> None:
                 safe_open(path, framework="pt")
         except SafetensorError as error:
             raise UserError(f"{path} is damaged ({error}): save the model again") from error
-    if not (checkpoint / ADAPTER_CONFIG_NAME).exists():
+    if (checkpoint / ADAPTER_CONFIG_NAME).exists():
+        adapter = _read(checkpoint / ADAPTER_CONFIG_NAME)
+        for key in ("peft_type", "base_model_name_or_path"):
+            if not isinstance(adapter.get(key), str):
+                raise UserError(f"{checkpoint}: its {ADAPTER_CONFIG_NAME} is damaged, without {key}: save it again")
+    else:
         if not (checkpoint / CONFIG_NAME).exists():
             raise UserError(f"{checkpoint} has neither {CONFIG_NAME} nor {ADAPTER_CONFIG_NAME}: it is no checkpoint")
         config = _read(checkpoint / CONFIG_NAME)
-        architecture = (config.get("architectures") or ["model of no named architecture"])[0]
+        architectures = config.get("architectures")
+        is_named = isinstance(architectures, list) and architectures
+        architecture = architectures[0] if is_named else "model of no named architecture"
         if architecture not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
             raise UserError(f"{checkpoint} holds a {architecture}: only causal language models are pushed")
         if config.get("model_type") not in CONFIG_MAPPING_NAMES:
@@ -127,9 +134,12 @@ def base_on_hub(folder: Path, given: str | None, run: Run | None, is_on_hub: Cal
 
 def _read(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): save the model again") from error
+    return content
 
 
 def _write(path: Path, content: dict) -> None:

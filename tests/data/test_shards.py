@@ -620,6 +620,16 @@ def test_a_damaged_manifest_is_one_line(tmp_path, bpe, odd):
     assert refused > 20
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../train_00000.bin", "/train_00000.bin", "a\0b"])
+def test_a_shard_is_a_file_of_the_folder(tmp_path, bpe, name):
+    path = prepare(tmp_path, DOCUMENTS[:60], bpe).directory / "manifest.json"
+    fields = json.loads(path.read_text())
+    fields["splits"]["train"]["shards"][0]["name"] = name
+    path.write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=r"not a manifest of token shards \(splits\)"):
+        load_manifest(path.parent)
+
+
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"settings": 1}', b'{"settings": {}}'])
 def test_a_damaged_journal_is_one_line(tmp_path, bpe, content):
     (tmp_path / "shards").mkdir()

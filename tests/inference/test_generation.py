@@ -2,6 +2,8 @@
 
 import copy
 import io
+import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -206,6 +208,14 @@ def test_the_window_slides_when_more_is_wanted_than_fits(loaded, checkpoint, cap
 )
 def test_mistakes_are_one_line(flags, message, checkpoint, capsys):
     assert message in failing(["generate", checkpoint, *flags], capsys)
+
+
+@pytest.mark.parametrize("attention", ["flash_attention_2", "org/kernel", "nonsense"])
+def test_a_configuration_that_names_an_attention_which_is_not_here(attention, checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "foreign")
+    config = json.loads((tmp_path / "foreign/config.json").read_text())
+    (tmp_path / "foreign/config.json").write_text(json.dumps(config | {"attn_implementation": attention}))
+    assert "its model does not load" in failing(["generate", str(tmp_path / "foreign"), "x"], capsys)
 
 
 def test_folders_that_are_no_checkpoint(checkpoint, adapter, tmp_path, capsys):

@@ -283,6 +283,14 @@ def test_an_adapter_on_a_local_base(hub, pretrained, adapter, tmp_path, capsys):
     assert str(pretrained) in (local / "adapter_config.json").read_text(), "the local folder has changed"
 
 
+@pytest.mark.parametrize("lacking", ["peft_type", "base_model_name_or_path"])
+def test_a_damaged_adapter_is_one_line(adapter, tmp_path, capsys, lacking):
+    config = json.loads(Path(shutil.copytree(adapter, tmp_path / "bad"), "adapter_config.json").read_text())
+    for damaged in ({**config, lacking: None}, [config]):
+        (tmp_path / "bad/adapter_config.json").write_text(json.dumps(damaged))
+        assert "adapter_config.json is damaged" in failed(capsys, tmp_path / "bad", "me/bad")
+
+
 @pytest.mark.parametrize(
     "failure",
     [

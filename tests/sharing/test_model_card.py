@@ -139,6 +139,34 @@ def test_a_checkpoint_knows_what_was_known_then(run):
     assert "of the planned training" not in card(run / "checkpoint-40", run / "checkpoint-40").content
 
 
+def test_a_checkpoint_under_another_name_knows_its_step_by_its_state(run):
+    best = (run / "checkpoint-20").rename(run / "checkpoint-best")
+    assert "not recorded beside" in card(best, best).content
+    for damaged in ("", "[]", '{"global_step": []}'):
+        (best / "trainer_state.json").write_text(damaged)
+        assert run_of(best) is None
+    (best / "trainer_state.json").write_text('{"global_step": 20}')
+    assert "| At step | 20 |" in card(best, best).content
+
+
+def test_signs_of_a_log_are_no_markdown(run):
+    odd = "a|b\n\n# c <b>*d*</b> [e](f) `g`"
+    as_text = r"a\|b # c \<b\>\*d\*\</b\> \[e\](f) \`g\`"
+    record = RUN | {
+        "source": {},
+        "data": RUN["data"] | {"description": odd},
+        "decisive": {"optim": odd},
+        "machine": {"device": odd, "ranks": 1},
+        "versions": {odd: "1"},
+    }
+    write_log(run, [LOG[0] | {"run": record}, *LOG[1:4]])
+    content = card(run, run).content
+    assert f"| Source | {as_text} |" in content and f"| `optim` | {as_text} |" in content
+    in_a_sentence = as_text.replace(r"\|", "|")
+    assert f"On 1 x {in_a_sentence}, in" in content and f"With {in_a_sentence} 1." in content
+    assert content.count(odd) == 0 and "<b>" not in content.replace(r"\<b\>", "")
+
+
 def test_datasets_and_bases_on_the_hub_are_metadata(run):
     record = RUN | {"source": {"dataset_name": "org/text", "dataset_config": "small", "init_from": "org/base"}}
     write_log(run, [LOG[0] | {"run": record}, *LOG[1:4]])
