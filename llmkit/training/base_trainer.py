@@ -13,7 +13,7 @@ from transformers import (
     ProgressCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import EvalLoopOutput, HubStrategy
+from transformers.trainer_utils import EvalLoopOutput
 
 from llmkit.console import say
 from llmkit.errors import UserError
@@ -27,6 +27,7 @@ from llmkit.training.memory import out_of_memory
 from llmkit.training.monitoring import ResourceUse
 from llmkit.training.nonfinite import StepGuard
 from llmkit.training.ranks import RankLost, lost_rank
+from llmkit.training.reporting import LiveReport, PushCheckpoints
 from llmkit.training.saving import ResumedState, WholeCheckpoints
 from llmkit.training.schedules import RANGE_TEST, check_schedule, create_schedule
 from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, ignore_signals, keep_workers
@@ -74,6 +75,8 @@ class ExactTrainer(WholeCheckpoints):
         self.evaluated_step = -1
         self.eval_sums: list[torch.Tensor] = []
         self.pusher = RunPusher(self.args) if self.args.push_to_hub else None
+        if self.pusher:
+            self.add_callback(PushCheckpoints(self.pusher))
         self.args.hub_token = None  # Trainer pickles its arguments beside each checkpoint
         self.add_callback(StepsOfArguments)
         self.add_callback(ResumedState)
@@ -85,7 +88,7 @@ class ExactTrainer(WholeCheckpoints):
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)
         self.resources = ResourceUse(self.args.device)
-        self.page_is_there = False  # the report of this start
+        self.add_callback(LiveReport)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
@@ -167,7 +170,6 @@ class ExactTrainer(WholeCheckpoints):
                 best = self.args.metric_for_best_model
                 return {f"eval_{best.removeprefix('eval_')}": math.nan} if best else {}
             self.evaluated_step = self.state.global_step
-            self.write_live_report()
         return self.metrics
 
     def sum_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -198,22 +200,11 @@ class ExactTrainer(WholeCheckpoints):
         if "loss" in logs:
             logs |= self.resources.measure()
         super().log(logs, start_time)
-        if not self.page_is_there:
-            self.write_live_report()
 
     def write_report(self) -> None:
         """Write `report.html` of the run's folder from its log."""
         if self.is_world_process_zero():
             write_report([self.args.output_dir])
-
-    def write_live_report(self) -> None:
-        """Write it while the run goes on, at its first log line and after each evaluation. No run ends for it."""
-        if self.is_in_train:
-            self.page_is_there = True
-            try:
-                self.write_report()
-            except UserError as error:
-                say(f"{error}; the run goes on")
 
     # Sharing on the Hub, in place of Trainer's way, where a push that fails ends the run
 
@@ -222,10 +213,6 @@ class ExactTrainer(WholeCheckpoints):
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: a card is written of the run's log when it is pushed, not with each checkpoint."""
-
-    def push_checkpoint(self, checkpoint: str) -> None:
-        if self.is_world_process_zero() and self.args.hub_strategy == HubStrategy.EVERY_SAVE:
-            self.pusher.push_soon(checkpoint, self.state.global_step)
 
     def push_to_hub(self) -> None:
         """Push what `save_model` has saved, if `push_to_hub` is set: the last thing to do, when no other rank waits.

@@ -98,8 +98,6 @@ class WholeCheckpoints(Trainer):
             raise UserError(f"{problem}; earlier checkpoints are untouched: free some space and resume from the last")
         if problem and self.is_world_process_zero():
             say(f"{problem}; earlier checkpoints are untouched, the run goes on and tries again at the next save")
-        if problem is None and self.args.push_to_hub:
-            self.push_checkpoint(str(checkpoint))
 
     def _clear_staging(self, staged: Path) -> None:
         """Remove what a killed save left, before any rank writes."""
@@ -140,9 +138,6 @@ class WholeCheckpoints(Trainer):
     def _first_problem(problem: str | None) -> str | None:
         """The first rank's problem on all ranks, which also waits for all of them."""
         return next((found for found in gather_object([problem]) if found), None)
-
-    def push_checkpoint(self, checkpoint: str) -> None:
-        """Called with each finished checkpoint where `push_to_hub` is set."""
 
     # private: Trainer's own pushing, of what has no name yet.
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
