@@ -23,6 +23,7 @@ from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.data.manifest import Manifest, Shard, Split
 from llmkit.data.tokenizer import train_character_tokenizer
 from llmkit.data.windows import TokenWindows
+from llmkit.files import checksum
 from llmkit.machine import set_up_cpu
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.pretrain_trainer import PretrainTrainer
@@ -95,7 +96,8 @@ def random_windows(shape: argparse.Namespace, folder: str) -> TokenWindows:
     tokens = shape.batch_size * shape.block_size * (shape.steps + 2)
     ids = np.random.default_rng(0).integers(0, shape.vocab_size, tokens, dtype=np.uint16)
     ids.tofile(Path(folder) / "random.bin")
-    split = Split.of([Shard("random.bin", tokens=tokens, documents=1, bytes=tokens)])
+    shard = Shard("random.bin", tokens=tokens, documents=1, bytes=tokens, xxh3_64=checksum(Path(folder, "random.bin")))
+    split = Split.of([shard])
     manifest = Manifest(
         directory=Path(folder),
         dtype="uint16",

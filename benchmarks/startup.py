@@ -74,8 +74,10 @@ def grow(data: Path, megabytes: float) -> None:
         name = f"train_{len(train['shards']):05d}.bin"
         with (data / name).open("wb") as file:
             file.truncate(2 * tokens)
-        train["shards"].append(train["shards"][0] | {"name": name, "tokens": tokens, "xxh3_64": checksum(data / name)})
-        train["tokens"] += tokens
+        shard = train["shards"][0] | {"name": name, "tokens": tokens, "xxh3_64": checksum(data / name)}
+        train["shards"].append(shard)
+        for count in ("tokens", "documents", "bytes", "unknown_tokens"):
+            train[count] += shard[count]
         missing -= tokens
     path.write_text(json.dumps(manifest))
 

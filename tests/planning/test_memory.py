@@ -105,7 +105,7 @@ def test_its_parts_are_those_of_the_parameters():
 
 def test_nothing_is_allocated():
     """A step that takes more than most machines have is planned on any of them."""
-    assert predicted(2, 1600, 50257, 512, 1024, device_type="cuda").peak > 60e9
+    assert predicted(2, 1600, 50257, 512, 1024, device_type="cuda").peak > 50e9
 
 
 def test_the_largest_micro_batch_is_where_the_line_meets_the_limit():

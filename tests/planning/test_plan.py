@@ -33,10 +33,13 @@ def test_the_124m_run_on_eight_gpus(capsys):
 
 
 def test_what_does_not_fit_is_said_with_what_would_help(capsys):
-    arguments = (str(RECIPES / "pretrain_gpt2_1558m.yaml"), "--activation_checkpointing", "false")
-    arguments += ("--total_batch_tokens", "524288", "--per_device_train_batch_size", "1")
-    assert plan(capsys, "--gpu", "L4", "--gpus", "1", *arguments)["fits"] is None
-    assert "fsdp2" in plan(capsys, "--gpu", "L4", "--gpus", "8", *arguments)["fits"]
+    gpu, recipe = ("--gpu", "L4", "--gpus"), str(RECIPES / "pretrain_gpt2_124m.yaml")
+    assert "activation_checkpointing" in plan(capsys, *gpu, "8", recipe)["fits"]
+    # 1.6 billion parameters in two layers: 26 GB with gradients and moments, of which an L4 has room for an eighth
+    shape = ("--preset", "null", "--n_layer", "2", "--n_head", "64", "--n_embd", "8192", "--block_size", "64")
+    batch = ("--total_batch_tokens", "512", "--per_device_train_batch_size", "1")
+    assert plan(capsys, *gpu, "1", recipe, *shape, *batch)["fits"] is None
+    assert "fsdp2" in plan(capsys, *gpu, "8", recipe, *shape, *batch)["fits"]
 
 
 def test_the_table_has_every_part(capsys):

@@ -361,7 +361,7 @@ def test_the_way_of_hf_xet_s_uploads(hub, plain, monkeypatch):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda folder: shutil.rmtree(folder), "is no folder"),
+        (lambda folder: shutil.rmtree(folder), "no such file or folder"),
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights in safetensors files"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\1" * 99), "model.safetensors is damaged"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
