@@ -33,6 +33,13 @@ def local_path(name: str) -> Path | None:
     return None
 
 
+def expand_homes(arguments: object, *names: str) -> None:
+    """Replace a `~` at the beginning of these attributes, which are paths or None, by the user's home."""
+    for name in names:
+        if isinstance(value := getattr(arguments, name), str):
+            setattr(arguments, name, os.path.expanduser(value))
+
+
 def last_name(path: str) -> str:
     """The last part of a path of any system; `~` for a home, whose last part is somebody's name."""
     path = path.rstrip("/\\")

@@ -35,7 +35,7 @@ def main():
     )
     from llmkit.finetuning.audit import audit, show_tokens
     from llmkit.finetuning.conversations import encode_all, load_conversations
-    from llmkit.finetuning.sft_trainer import ConversationTrainer
+    from llmkit.finetuning.sft_trainer import ConversationTrainer, held_out_questions
     from llmkit.machine import set_up
     from llmkit.sharing.hub import check_push
     from llmkit.training.checkpoints import checkpoint_to_resume
@@ -58,6 +58,7 @@ def main():
     say(shown(findings.table()), "\n\n" + show_tokens(train_rows[0], tokenizer, color=has_color()), "\n")
     findings.check()
     audit(validation, validation_rows, tokenizer, args.max_length).check_held_out()
+    args.sample_prompts = args.sample_prompts or held_out_questions(validation.rows, tokenizer, args.max_length)
 
     # The frozen base in 4 bits, on this rank's device, and an adapter on it.
     model = load_base_model(adapter_args, args.compute_dtype, args.device)

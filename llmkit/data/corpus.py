@@ -144,10 +144,13 @@ class FileCorpus(Corpus):
 
 
 class DatasetCorpus(Corpus):
-    """One split of a dataset that `datasets.load_dataset` can read, on the Hub or in a local folder."""
+    """A split of a dataset that `datasets.load_dataset` can read, on the Hub or in a local folder.
+
+    Unless it is streamed, it may be a part of a split or several, as `datasets` writes them: `train[:10%]+test`.
+    """
 
     def __init__(self, name: str, config: str | None, split: str, text_column: str, streaming: bool):
-        from datasets import load_dataset_builder
+        from datasets import ReadInstruction, load_dataset_builder
         from datasets.exceptions import DatasetsError
 
         self.dataset, self.config, self.split = name, config, split
@@ -156,16 +159,21 @@ class DatasetCorpus(Corpus):
         shown = Path(name).name if os.path.isdir(name) else name
         self.name = folder_name(base_name(name))
         self.description = f"dataset {shown}{f' ({config})' if config else ''}, split {split}"
+        whole = [part.partition("[")[0].strip() for part in split.split("+")]
+        self._is_part = whole != [split]
+        if streaming and self._is_part:
+            raise UserError(f"dataset_split={split}: streaming reads one whole split: set streaming to false")
         try:
+            ReadInstruction.from_spec(split)  # before anything is downloaded
             self._builder = load_dataset_builder(name, config)
-            self._stream = self._builder.as_streaming_dataset(split=split)
-        except (DatasetsError, ValueError, OSError) as error:
+            self._stream = [self._builder.as_streaming_dataset(split=part) for part in whole][0]
+        except (DatasetsError, ValueError, AssertionError, OSError) as error:
             raise UserError(f"dataset {name}: {error}") from error
         # The first rows, from the stream even if all is downloaded later, so that a wrong column shows before that.
         if next(self._texts(self._stream), None) is None:
             raise UserError(f"{self.description}: no documents, for {text_column!r} is empty in every row")
         files = self._builder.config.data_files or {}
-        self._files = [str(file) for file in files.get(split, [])]
+        self._files = [str(file) for part in dict.fromkeys(whole) for file in files.get(part, [])]
         self._is_local = bool(self._files) and all(map(os.path.exists, self._files))
 
     def _texts(self, dataset) -> Iterator[str]:
@@ -176,10 +184,15 @@ class DatasetCorpus(Corpus):
         rows = self._stream
         if not self.streaming:
             self._builder.download_and_prepare()
-            rows = self._builder.as_dataset(split=self.split)
+            try:
+                rows = self._builder.as_dataset(split=self.split)
+            except (ValueError, AssertionError) as error:  # as a part that lies beyond the split's end
+                raise UserError(f"{self.description}: {error}") from error
         return (list(split_document(text)) for text in itertools.islice(self._texts(rows), skip, None))
 
     def num_bytes(self) -> int | None:
+        if self._is_part:
+            return None
         if self._is_local and all(map(table_kind, self._files)):
             return sum(_text_bytes(file, self.text_column) for file in self._files)
         splits = self._builder.info.splits or {}

@@ -31,7 +31,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, extract_comm
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.finetuning.conversations import add_chat_template
-from llmkit.paths import local_path
+from llmkit.paths import expand_homes, local_path
 from llmkit.runs.run import QUANTIZATION_CONFIG
 
 # The files of an adapter, as patterns.
@@ -62,6 +62,7 @@ class AdapterArguments:
     )
 
     def __post_init__(self):
+        expand_homes(self, "model")
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise UserError(f"lora_r={self.lora_r}, lora_alpha={self.lora_alpha}: must be at least 1")
         if not 0 <= self.lora_dropout < 1:

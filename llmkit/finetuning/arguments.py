@@ -51,6 +51,10 @@ class SFTArguments(RunArguments, SFTConfig):
         "trust_remote_code": "only the code of installed packages is run",
     }
 
+    sample_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Questions answered at each evaluation. Without any, two of the held-out ones are taken."},
+    )
     sample_tokens: int = field(default=128, metadata={"help": "The longest sample answer, in tokens."})
 
     # Other defaults than SFTConfig's, each for a reason.

@@ -25,6 +25,7 @@ from llmkit.data.sample_data import docstring_conversations
 from llmkit.errors import UserError
 from llmkit.finetuning.turns import Ambiguous, Malformed, Messages, check_turns, split_guanaco
 from llmkit.model.loss import IGNORE_INDEX
+from llmkit.paths import expand_homes
 
 # Guanaco's markers, with a line break before each but the first, and the end token after each answer. The generation
 # prompt ends with the colon: the space belongs to an answer's first token, as byte-level BPEs split words.
@@ -39,7 +40,9 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "\\n### Assistant:" }}{%- endif -%}"""
 
+# What belongs to a source of conversations: a recipe's prompts are questions such as that source has.
 SOURCE = ("data_files", "dataset_name", "dataset_config", "dataset_split", "validation_split", "text_column")
+SOURCE += ("sample_prompts",)
 
 
 @dataclass
@@ -68,6 +71,9 @@ class ConversationArguments:
         default="text",
         metadata={"help": "The column that holds guanaco's text, in rows without messages and prompts."},
     )
+
+    def __post_init__(self):
+        expand_homes(self, "dataset_name")
 
 
 @dataclass

@@ -8,6 +8,7 @@ from typing import ClassVar
 from transformers import TrainingArguments
 
 from llmkit.errors import UserError
+from llmkit.paths import expand_homes
 from llmkit.training.batch_ramp import Batches
 from llmkit.training.inherited_arguments import REFUSED
 from llmkit.training.optimizers import OptimizerArguments, is_fully_sharded
@@ -88,6 +89,7 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
         for name in ("eval_strategy", "logging_strategy", "save_strategy"):
             if getattr(self, name) == "epoch":
                 raise UserError(f"{name}: epoch is not supported: {_ONE_PASS}")
+        expand_homes(self, "hellaswag_file")
         super().__post_init__()
         if self.total_batch_tokens < 1:
             raise UserError(f"total_batch_tokens={self.total_batch_tokens}: must be at least 1")
@@ -132,7 +134,7 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
             raise UserError("monitor_steps needs whole parameters, and FSDP shards them: set it to 0")
         if self.hellaswag_questions is not None and self.hellaswag_questions < 1:
             raise UserError(f"hellaswag_questions={self.hellaswag_questions}: must be at least 1")
-        if self.hellaswag_file is not None and not Path(self.hellaswag_file).expanduser().is_file():
+        if self.hellaswag_file is not None and not Path(self.hellaswag_file).is_file():
             raise UserError(f"hellaswag_file={self.hellaswag_file}: no such file: give a JSONL file, or leave it out")
         if not self.hellaswag_steps and (self.hellaswag_file or self.hellaswag_questions):
             raise UserError("hellaswag_file and hellaswag_questions are for hellaswag_steps: give that as well")

@@ -15,6 +15,7 @@ from transformers.utils import is_torch_tf32_available, strtobool
 
 from llmkit.errors import UserError
 from llmkit.machine import bf16_is_fast
+from llmkit.paths import expand_homes
 from llmkit.training.compatibility import CheckpointingArguments
 from llmkit.training.inherited_arguments import DECISIVE, REFUSED, refuse_accelerator_config, refuse_unsupported
 from llmkit.training.reliability_arguments import ReliabilityArguments
@@ -90,6 +91,7 @@ class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArgumen
     )
 
     def __post_init__(self):
+        expand_homes(self, "resume_from_checkpoint")
         refuse_unsupported(self, self.REFUSED)
         check_ranges(self)
         choose_precision(self)

@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import load_dataset
 
 from llmkit.data.corpus import Corpus, open_corpus
 from llmkit.errors import UserError
@@ -432,6 +433,25 @@ def test_a_dataset_is_read_from_its_name(dataset_folder, streaming):
     assert list(corpus.documents(skip=1499)) == ["story 1499"]
     assert corpus.description == "dataset stories, split train"
     assert list(open_corpus(dataset_name=dataset_folder, dataset_split="test").documents()) == ["the test"]
+
+
+@pytest.mark.parametrize("split", ["train[:50%]", "train[:1]+test", "train[1:]", "train[-1:]"])
+def test_a_part_of_a_split(dataset_folder, split):
+    corpus = open_corpus(dataset_name=dataset_folder, dataset_split=split)
+    expected = load_dataset(dataset_folder, split=split)["text"]
+    assert list(corpus.documents()) == [text for text in expected if text]
+    assert corpus.fingerprint() != open_corpus(dataset_name=dataset_folder).fingerprint()
+    assert corpus.num_bytes() is None
+    with pytest.raises(UserError, match="streaming reads one whole split"):
+        open_corpus(dataset_name=dataset_folder, dataset_split=split, streaming=True)
+
+
+@pytest.mark.parametrize(
+    "split", ["train[", "train[:x]", "nope[:10%]", "train[:200%]", "train[:9:2]", "+", "train[1600:]"]
+)
+def test_a_part_that_is_none(dataset_folder, split):
+    with pytest.raises(UserError):
+        list(open_corpus(dataset_name=dataset_folder, dataset_split=split).documents())
 
 
 def test_how_a_dataset_is_read_does_not_change_its_fingerprint(dataset_folder):

@@ -22,6 +22,7 @@ from llmkit.finetuning.conversations import (
     read_rows,
     row_parser,
 )
+from llmkit.finetuning.sft_trainer import held_out_questions
 from llmkit.finetuning.turns import Malformed, check_turns, split_guanaco
 
 GPT2_FILES = Path(__file__).parents[3] / "shared" / "data" / "gpt2_tokenizer"
@@ -182,6 +183,25 @@ def test_all_formats_give_the_same_conversation(tmp_path):
             path = str(tmp_path / f"{name}.{suffix}")
             train, validation = load_conversations(ConversationArguments(data_files=[path], validation_fraction=0.5))
             assert train.rows == validation.rows == [conversation(["What is 2 + 2?", "4"])] * 2, path
+
+
+def test_a_part_of_a_split(tmp_path):
+    rows = [{"text": f"### Human: {n}?### Assistant: {n}!"} for n in range(40)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    args = {"dataset_name": str(tmp_path), "validation_fraction": 0.5}
+    train, validation = load_conversations(ConversationArguments(dataset_split="train[:10%]", **args))
+    assert sorted(messages[0]["content"] for messages in train.rows + validation.rows) == ["0?", "1?", "2?", "3?"]
+    for split in ("train[", "train[:200%]", "nope[:10%]"):
+        with pytest.raises(UserError):
+            load_conversations(ConversationArguments(dataset_split=split, **args))
+
+
+def test_the_first_held_out_questions_are_prompts(tokenizer):
+    first, second, long = ([{"role": "user", "content": text}] for text in ("One?", "Two?", "long " * 99))
+    rows = [[{"role": "system", "content": "Be brief."}, *first], long, first, second, [*second, *first]]
+    assert held_out_questions(rows, tokenizer, 64) == ["One?", "Two?"]
+    assert held_out_questions(rows, tokenizer, 64, count=1) == ["One?"]
+    assert held_out_questions([], tokenizer, 64) == []
 
 
 def test_malformed_rows_are_counted(tmp_path, tokenizer):

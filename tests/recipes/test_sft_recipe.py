@@ -27,7 +27,7 @@ TRAINING = ["--max_length", "96", "--max_steps", "80", "--learning_rate", "1e-2"
 TRAINING += ["--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "2", "--logging_steps", "5"]
 TRAINING += ["--eval_strategy", "steps", "--eval_steps", "40", "--save_steps", "40", "--lr_schedule", "linear"]
 TRAINING += ["--validation_fraction", "0.17", "--lora_dropout", "0", "--warmup_steps", "5", "--max_grad_norm", "1"]
-TRAINING += ["--sample_prompts", "Who wrote Faust?", "--sample_tokens", "20"]
+TRAINING += ["--sample_prompts", "null", "--sample_tokens", "20"]
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +84,12 @@ def test_it_learns_by_heart(one_rank):
     assert validation[0] > 4 and validation[80] < 0.05
     assert logged(one_rank, "eval_perplexity")[0] == pytest.approx(math.exp(validation[0]))
     samples = [json.loads(line) for line in (one_rank / "log.jsonl").read_text().splitlines() if '"sample"' in line]
-    assert [line["step"] for line in samples] == [0, 40, 80]
-    assert samples[-1]["sample"].endswith("### Assistant: Goethe did.")
-    assert not samples[0]["sample"].endswith("### Assistant: Goethe did.")
+    assert [line["step"] for line in samples] == [0, 0, 40, 40, 80, 80], "the first two held-out questions"
+    for question, first, last in zip(["Who wrote Faust?", "日本語で"], samples[:2], samples[-2:], strict=True):
+        assert question in first["prompt"] == last["prompt"]
+        assert last["sample"].endswith(f"### Assistant: {ANSWERS[question]}") != first["sample"].endswith(
+            f"### Assistant: {ANSWERS[question]}"
+        )
     trained = logged(one_rank, "trained_tokens")
     assert trained[80] > trained[40] > 40 and logged(one_rank, "tokens_per_second")[80] > 0
 

@@ -56,6 +56,20 @@ def test_shipped_recipe(path):
     assert factors[:2] == [args.per_device_train_batch_size, model.block_size or config.n_positions]
 
 
+def test_a_home_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "hellaswag.jsonl").write_text("")
+    keys = ["dataset_name", "tokenizer", "data_dir", "init_from", "output_dir", "resume_from_checkpoint"]
+    text = "".join(f"{key}: ~/{key}\n" for key in keys) + "hellaswag_file: ~/hellaswag.jsonl\nhellaswag_steps: 500\n"
+    parts = parse(recipe(tmp_path, text + "sample_prompts: [~/not a path]\nmax_steps: 1\n"))
+    found = {key: value for part in parts for key, value in vars(part).items()}
+    assert {key: found[key] for key in keys} == {key: str(tmp_path / key) for key in keys}
+    assert found["hellaswag_file"] == str(tmp_path / "hellaswag.jsonl")
+    assert found["sample_prompts"] == ["~/not a path"]
+    assert AdapterArguments(model="~/base").model == str(tmp_path / "base")
+    assert ConversationArguments(dataset_name="~/chats").dataset_name == str(tmp_path / "chats")
+
+
 def test_command_line_wins_and_types_are_read_alike(tmp_path):
     path = recipe(
         tmp_path, "learning_rate: 6e-4\nmax_steps: 10\nbf16: false\nsample_prompts: [a b, c]\noutput_dir: x\n"
