@@ -3,14 +3,12 @@
 import ast
 import importlib
 import inspect
-import pkgutil
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-
-import llmkit
 
 ROOT = Path(__file__).parents[1]
 # The module whose source says that the name is there, for each name that begins with an underscore.
@@ -19,9 +17,12 @@ PRIVATE = {
     "_attn_implementation": "transformers.configuration_utils",
     "_can_compile_fullgraph": "transformers.modeling_utils",
     "_can_record_outputs": "transformers.modeling_utils",
+    "_cdata": "torch.storage",
     "_created_lr_scheduler": "transformers.trainer",
     "_dynamo": "torch",
+    "_get_grad_norm": "transformers.trainer",
     "_get_output_dir": "transformers.trainer",
+    "_inductor": "torch",
     "_init_weights": "transformers.modeling_utils",
     "_internal_call": "transformers.trainer",
     "_keys_to_ignore_on_load_unexpected": "transformers.modeling_utils",
@@ -30,9 +31,12 @@ PRIVATE = {
     "_n_gpu": "transformers.training_args",
     "_no_split_modules": "transformers.modeling_utils",
     "_push_from_checkpoint": "transformers.trainer",
+    "_python_dispatch": "torch.utils",
+    "_pytree": "torch.utils",
     "_reset_state": "accelerate.state",
     "_save_checkpoint": "transformers.trainer",
     "_skip_keys_device_placement": "transformers.modeling_utils",
+    "_subclasses": "torch",
     "_supports_attention_backend": "transformers.modeling_utils",
     "_supports_flash_attn": "transformers.modeling_utils",
     "_supports_flex_attn": "transformers.modeling_utils",
@@ -67,26 +71,37 @@ def touched() -> set[str]:
 
 
 def inherited() -> set[str]:
-    """Private names of other packages' classes that ours have as well, and so stand in for."""
+    """Private names that a class of ours writes and a class of another package that it is made from has as well."""
     found = set()
-    for info in pkgutil.walk_packages(llmkit.__path__, "llmkit."):
-        if info.name == "llmkit.__main__":
-            continue
-        for ours in vars(importlib.import_module(info.name)).values():
-            if inspect.isclass(ours) and ours.__module__ == info.name:
-                bases = [base for base in ours.__mro__ if not base.__module__.startswith("llmkit.")]
-                source = "".join(inspect.getsource(ours).split())
-                names = set(vars(ours)) | set(re.findall(r"self\.(_[a-z]\w*)=", source))
-                # torch's and Python's own machinery sets some on every class.
-                found |= {name for name in names if any(_mentions(base, name) for base in bases)}
-    return {name for name in found if is_private(name) and not name.startswith("_abc")} - {"_is_full_backward_hook"}
+    for path, text in sources().items():
+        for node in ast.parse(text).body:
+            names = written(node) if isinstance(node, ast.ClassDef) and node.bases else set()
+            if names:  # few, and only their modules are imported
+                module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+                bases = "".join(map(source_of, getattr(module, node.name).__mro__))
+                found |= {name for name in names if re.search(rf"\b{name}\b", bases)}
+    return found
 
 
-def _mentions(base: type, name: str) -> bool:
-    package = base.__module__.split(".")[0]
-    if package not in ("transformers", "trl", "accelerate", "peft", "torch") or base.__module__.startswith("torch._C"):
-        return False
-    return re.search(rf"\b{name}\b", inspect.getsource(base)) is not None
+def written(node: ast.ClassDef) -> set[str]:
+    """Private names that a class defines or sets on `self`; what others set on it at run time is not among them."""
+    body = [*node.body, *(part for part in ast.walk(node) if isinstance(part, ast.Attribute))]
+    targets = [target for part in body if isinstance(part, ast.Assign) for target in part.targets]
+    targets += [part.target for part in body if isinstance(part, ast.AnnAssign)]
+    names = {target.id for target in targets if isinstance(target, ast.Name)}
+    names |= {part.name for part in body if isinstance(part, ast.FunctionDef)}
+    names |= {
+        part.attr
+        for part in body
+        if isinstance(part, ast.Attribute) and isinstance(part.ctx, ast.Store) and ast.unparse(part.value) == "self"
+    }
+    return {name for name in names if is_private(name)}
+
+
+@cache
+def source_of(base: type) -> str:
+    is_foreign = base.__module__.split(".")[0] in ("transformers", "trl", "accelerate", "peft", "torch")
+    return inspect.getsource(base) if is_foreign and not base.__module__.startswith("torch._C") else ""
 
 
 @pytest.mark.parametrize("name", PRIVATE)
