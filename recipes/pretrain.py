@@ -6,6 +6,7 @@ accelerate launch recipes/pretrain.py --text_files 'books/*.txt'    # any field 
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 from llmkit.console import shown
@@ -26,6 +27,7 @@ def main():
     from llmkit.data.windows import TokenWindows
     from llmkit.machine import set_up
     from llmkit.sharing.hub import check_push
+    from llmkit.training.budget import fix_length
     from llmkit.training.checkpoints import checkpoint_to_resume
     from llmkit.training.pretrain_trainer import PretrainTrainer
     from llmkit.training.stopping import listen
@@ -49,9 +51,15 @@ def main():
     model = model_args.model(tokenizer, args.seed)
     tokenizer.model_max_length = config.n_positions
 
-    trainer = PretrainTrainer(
-        model, args, train_windows, validation_windows, processing_class=tokenizer, source=(data_args, model_args)
+    make = partial(
+        PretrainTrainer,
+        train_dataset=train_windows,
+        eval_dataset=validation_windows,
+        processing_class=tokenizer,
+        source=(data_args, model_args),
     )
+    fix_length(make, model, args, resume_from)  # with train_minutes: so many steps as fit, as measured here
+    trainer = make(model, args)
     trainer.accelerator.print(shown(trainer.summary()))
     trainer.train(resume_from_checkpoint=resume_from)
     if args.lr_schedule == "range_test":  # of `llmkit lr-find`: there is no model to keep

@@ -7,6 +7,7 @@ accelerate launch recipes/sft_qlora.py --model my/model --data_files chats.jsonl
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from llmkit.console import has_color, shown
@@ -38,6 +39,7 @@ def main():
     from llmkit.finetuning.sft_trainer import ConversationTrainer, held_out_questions
     from llmkit.machine import set_up
     from llmkit.sharing.hub import check_push
+    from llmkit.training.budget import fix_length
     from llmkit.training.checkpoints import checkpoint_to_resume
     from llmkit.training.stopping import listen
 
@@ -62,10 +64,17 @@ def main():
 
     # The frozen base in 4 bits, on this rank's device, and an adapter on it.
     model = load_base_model(adapter_args, args.compute_dtype, args.device)
-    lora_config = adapter_args.lora_config(model)
-    trainer = ConversationTrainer(
-        model, args, lora_config, train_rows, validation_rows, tokenizer, train.description, (data_args, adapter_args)
+    make = partial(
+        ConversationTrainer,
+        lora_config=adapter_args.lora_config(model),
+        train_rows=train_rows,
+        eval_rows=validation_rows,
+        tokenizer=tokenizer,
+        description=train.description,
+        source=(data_args, adapter_args),
     )
+    fix_length(make, model, args, resume_from)  # with train_minutes: so many steps as fit, as measured here
+    trainer = make(model, args)
     say(dtype_ledger(trainer.model))
 
     trainer.train(resume_from_checkpoint=resume_from)

@@ -1,6 +1,7 @@
 """Runs for tests: a model with two layers on the shards of the fixture `data`, milliseconds a step; a launcher."""
 
 import sys
+from functools import partial
 
 import torch
 from transformers import set_seed
@@ -24,6 +25,12 @@ def rounding(steps: int) -> float:
 
 
 def trainer(data, output_dir, windows=TokenWindows, **arguments) -> PretrainTrainer:
+    make, model, args = parts(data, output_dir, windows, **arguments)
+    return make(model, args)
+
+
+def parts(data, output_dir, windows=TokenWindows, **arguments) -> tuple[partial, GPT2LMHeadModel, PretrainArguments]:
+    """What makes the trainer, of a model and arguments, and these two."""
     manifest, tokenizer = data
     defaults = {"total_batch_tokens": 8 * BLOCK, "per_device_train_batch_size": 8, "max_steps": 6, "bf16": False}
     defaults |= {"learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no", "report_to": "none"}
@@ -31,8 +38,9 @@ def trainer(data, output_dir, windows=TokenWindows, **arguments) -> PretrainTrai
     args = PretrainArguments(output_dir=str(output_dir), use_cpu=True, **{**defaults, **arguments})
     set_seed(args.seed)
     config = GPT2Config(n_positions=BLOCK, n_embd=32, n_layer=2, n_head=2).for_tokenizer(tokenizer)
-    splits = [windows(manifest, split, BLOCK) for split in ("train", "validation")]
-    return PretrainTrainer(GPT2LMHeadModel(config), args, *splits, processing_class=tokenizer)
+    train, validation = (windows(manifest, split, BLOCK) for split in ("train", "validation"))
+    make = partial(PretrainTrainer, train_dataset=train, eval_dataset=validation, processing_class=tokenizer)
+    return make, GPT2LMHeadModel(config), args
 
 
 def losses(run: PretrainTrainer) -> list[float]:

@@ -21,6 +21,7 @@ from llmkit.runs.record import run_record
 from llmkit.runs.run import FINE_TUNING, QUANTIZATION_CONFIG
 from llmkit.training.base_trainer import ExactTrainer
 from llmkit.training.callbacks import Throughput
+from llmkit.training.run_arguments import check_length_is_fixed
 from llmkit.training.schedules import decisive_length
 
 
@@ -52,6 +53,7 @@ class ConversationTrainer(ExactTrainer, SFTTrainer):
         description: str,
         source: Sequence = (),
     ):
+        check_length_is_fixed(args)
         # Generation stops at the token that is trained to end an answer, whatever the base was told.
         model.generation_config.eos_token_id = model.config.eos_token_id = tokenizer.eos_token_id
         data = {

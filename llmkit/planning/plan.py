@@ -190,8 +190,19 @@ def plan_pretraining(
     block_size = model_args.block_size or config.n_positions
     accumulation = args.accumulation(block_size, hardware.count)
     train_tokens = manifest.splits["train"].tokens if manifest else None
+    if measure:
+        rate, pace = measured_rate(config, args, block_size), "measured here"
+    elif hardware.peak:
+        rate = hardware.count * hardware.peak * mfu / config.flops_per_token(block_size)
+        pace = f"{mfu:.0%} of the peak, assumed"
+    else:
+        rate, pace = None, ""
     if args.max_steps > 0:
         steps = args.max_steps
+    elif args.train_minutes is not None:
+        if rate is None:
+            raise UserError("train_minutes needs a pace to count its steps: add --measure, a --gpu, or max_steps")
+        steps = max(1, int(60 * args.train_minutes * rate / args.total_batch_tokens))
     elif train_tokens is not None:
         steps = max(1, round(args.num_train_epochs * train_tokens / args.total_batch_tokens))
     else:
@@ -207,13 +218,6 @@ def plan_pretraining(
     found = memory(micro_batch)
     buckets = found.gradients if hardware.count > 1 else 0
     limit = hardware.memory * USABLE
-    if measure:
-        rate, pace = measured_rate(config, args, block_size), "measured here"
-    elif hardware.peak:
-        rate = hardware.count * hardware.peak * mfu / config.flops_per_token(block_size)
-        pace = f"{mfu:.0%} of the peak, assumed"
-    else:
-        rate, pace = None, ""
     hours = tokens / rate / 3600 if rate else None
     evaluations = _every(args.eval_strategy, args.eval_steps, args.logging_steps, steps) + 1  # and one at the end
     saves = _every(args.save_strategy, args.save_steps, args.logging_steps, steps)

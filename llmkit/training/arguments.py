@@ -101,6 +101,10 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
         if self.batch_ramp_start is not None and self.lr_schedule == "one_cycle":
             raise UserError("lr_schedule: one_cycle counts steps of one size: leave out the batch ramp")
 
+        if self.train_minutes is not None and (self.batch_ramp_start is not None or self.hellaswag_steps):
+            name = "hellaswag_steps" if self.hellaswag_steps else "batch_ramp_start"
+            raise UserError(f"train_minutes does not measure what {name} takes: leave it out, or give max_steps")
+
     def set_accumulation(self, block_size: int) -> None:
         """Derive `gradient_accumulation_steps` for windows of `block_size` tokens, and check the ramp with it."""
         self.gradient_accumulation_steps = self.accumulation(block_size, self.world_size)

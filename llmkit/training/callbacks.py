@@ -135,9 +135,13 @@ class Samples(TrainerCallback):
         self.max_new_tokens = max_new_tokens
         self.log = log
 
+    @staticmethod
+    def takes_part(state: TrainerState) -> bool:
+        """Whether this rank samples. Where each holds a part of the model (FSDP), all of them have to, or none."""
+        return state.is_world_process_zero or AcceleratorState().distributed_type == DistributedType.FSDP
+
     def on_evaluate(self, args, state, control, model: PreTrainedModel, **kwargs):
-        # Where each rank holds a part of the model (FSDP), all of them have to sample, or none.
-        if not (state.is_world_process_zero or AcceleratorState().distributed_type == DistributedType.FSDP):
+        if not self.takes_part(state):
             return
         for prompt in self.prompts:
             text = self.sample(model, prompt)

@@ -23,6 +23,7 @@ from llmkit.training.base_trainer import ExactTrainer
 from llmkit.training.callbacks import Throughput
 from llmkit.training.monitoring import HellaSwagInTraining, ParameterMonitor
 from llmkit.training.optimizers import OPTIMIZERS, is_fully_sharded, named_learning_rates
+from llmkit.training.run_arguments import check_length_is_fixed
 from llmkit.training.schedules import decisive_length, describe_schedule
 from llmkit.training.stopping import leave_signals_to_the_run
 
@@ -54,6 +55,7 @@ class PretrainTrainer(ExactTrainer):
         processing_class: transformers.PreTrainedTokenizerBase,
         source: Sequence = (),
     ):
+        check_length_is_fixed(args)
         block_size = train_dataset.block_size
         args.set_accumulation(block_size)
         if train_dataset.vocab_size > model.config.vocab_size:

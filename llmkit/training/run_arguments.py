@@ -57,6 +57,20 @@ class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArgumen
     DECISIVE: ClassVar[set[str]] = DECISIVE
     REFUSED: ClassVar[Mapping[str, str]] = REFUSED
     METRICS: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    # The length of a run is stated in one way; the command line's takes the place of the file's.
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "train_minutes": ("max_steps", "num_train_epochs"),
+        "max_steps": ("train_minutes",),
+        "num_train_epochs": ("train_minutes",),
+    }
+
+    train_minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "In place of max_steps: train so long on this machine, evaluations, samples and saves included. "
+            "The number of steps follows from the pace, which is measured before the first step."
+        },
+    )
 
     sample_prompts: list[str] = field(
         default_factory=list,
@@ -97,6 +111,7 @@ class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArgumen
         choose_precision(self)
         super().__post_init__()
         refuse_accelerator_config(self)
+        check_budget(self)
         use_one_gpu(self)
         # A stated `bf16: false` holds against the accelerate configuration, which TrainingArguments would follow.
         self.mixed_precision = "bf16" if self.bf16 else "fp16" if self.fp16 else "no"
@@ -121,6 +136,25 @@ def check_ranges(args: TrainingArguments) -> None:
             raise UserError(f"{name}={value}: must be above 0, or give {strategy}: no")
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
         raise UserError("nothing to train: give max_steps of 1 or more, or num_train_epochs above 0")
+
+
+def check_budget(args: RunArguments) -> None:
+    """Refuse a length in minutes beside another one, or with what its steps could not be counted for.
+
+    Raises:
+        UserError: the line says what to leave out.
+    """
+    minutes = args.train_minutes
+    if minutes is None:
+        return
+    if not 0 < minutes < math.inf:
+        raise UserError(f"train_minutes={minutes}: give minutes, such as 10")
+    for name, default in (("max_steps", -1), ("num_train_epochs", 3.0)):  # the defaults are Trainer's
+        if (value := getattr(args, name)) != default:
+            raise UserError(f"train_minutes={minutes:g} and {name}={value}: give one of them")
+    for name in ("eval_strategy", "save_strategy"):
+        if getattr(args, name) == "epoch":
+            raise UserError(f"{name}: epoch does not go with train_minutes: give steps, or a part such as 0.2")
 
 
 def check_names(args: RunArguments) -> None:
@@ -189,6 +223,16 @@ def choose_precision(args: TrainingArguments) -> None:
     args.bf16 = bool(args.bf16)
     if args.tf32 is None and device == "cuda" and is_torch_tf32_available():
         args.tf32 = True
+
+
+def check_length_is_fixed(args: RunArguments) -> None:
+    """Refuse to make a trainer of arguments whose number of steps is not known yet.
+
+    Raises:
+        UserError: the line says what fixes it.
+    """
+    if args.train_minutes is not None and args.max_steps < 1:
+        raise UserError("train_minutes: call llmkit.training.budget.fix_length, which measures the pace, or max_steps")
 
 
 def use_one_gpu(args: TrainingArguments) -> None:

@@ -11,12 +11,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmkit.console import say
 from llmkit.errors import UserError
 from llmkit.files import hold_folder, sync
 from llmkit.runs.run import LOG, read_log
+from llmkit.training.budget import interval
 from llmkit.training.checkpoints import (
     STAGING,
     check_unused,
@@ -65,12 +67,16 @@ class WholeCheckpoints(Trainer):
 
         first_rank_decides(self.args, take)
         if resume_from:
-            self.args.eval_on_start = self._evaluation_is_missing(step_of(resume_from))
+            self.args.eval_on_start = self._evaluation_is_missing(resume_from)
 
-    def _evaluation_is_missing(self, step: int) -> bool:
-        """Whether the evaluation of `step` has to be made up for: a run that is told to stop leaves it out."""
-        log, every = Path(self.args.output_dir) / LOG, self.args.eval_steps
-        due = self.args.eval_strategy == "steps" and step % every == 0 and log.exists()
+    def _evaluation_is_missing(self, resume_from: str) -> bool:
+        """Whether a checkpoint's evaluation has to be made up for: a run that is told to stop leaves it out."""
+        step = step_of(resume_from)
+        log = Path(self.args.output_dir) / LOG
+        steps = self.args.max_steps  # not known beforehand where it is stated in epochs
+        if steps < 1:
+            steps = TrainerState.load_from_json(str(Path(resume_from) / TRAINER_STATE_NAME)).max_steps
+        due = self.args.eval_strategy == "steps" and step % interval(self.args.eval_steps, steps) == 0 and log.exists()
         missing = due and not any("eval_loss" in record and record["step"] == step for record in read_log(log))
         return bool(broadcast_object_list([missing])[0])
 

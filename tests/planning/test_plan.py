@@ -48,6 +48,15 @@ def test_the_table_has_every_part(capsys):
     assert "10 steps, 40,960 tokens" in table and "3 evaluations" in table and "--measure" in table
 
 
+def test_minutes_take_the_pace(capsys):
+    recipe = [str(RECIPES / "pretrain_gpt2_124m.yaml"), "--train_minutes", "90", "--hellaswag_steps", "0"]
+    found = plan(capsys, "--gpu", "H200", *recipe)
+    assert found["hours"] == pytest.approx(1.5, rel=1e-2)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["plan", *recipe])
+    assert "train_minutes needs a pace" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,6 +1,7 @@
 """One launch of two ranks for what has to be the same at one: schedules, Muon, growing batches, what is watched."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_budget import Clock, fixed
 from test_schedules import expected_one_cycle
 from transformers import TrainerCallback
 
@@ -23,13 +25,15 @@ import json, os, sys
 sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from llmkit.data.manifest import load_manifest
 from llmkit.data.tokenizer import load_tokenizer
+from test_budget import Clock, fixed
 from test_schedules import watched
-from test_two_ranks import train_together, train_with_dropout
+from test_two_ranks import steps_of_a_budget, train_together, train_with_dropout
 data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
 found = watched(data, sys.argv[4] + "/one_cycle")
 dropped = train_with_dropout(data, sys.argv[4] + "/dropout")
 train_together(data, sys.argv[4] + "/together", sys.argv[5])
-print("found", json.dumps([found, dropped]))
+steps = steps_of_a_budget(data, sys.argv[4] + "/budget")
+print("found", json.dumps([found, dropped, steps]))
 """
 
 
@@ -53,6 +57,12 @@ def train_with_dropout(data, output_dir) -> list:
         run.train(resume_from_checkpoint=checkpoint)
         runs.append(losses(run))
     return [masks[0], *runs]
+
+
+def steps_of_a_budget(data, output_dir) -> int:
+    """The steps that a rank takes to fit into 10 minutes, where a step of rank 1 is twice as slow."""
+    rank = int(os.environ["RANK"])
+    return fixed(data, output_dir, Clock(step=1 + rank), train_minutes=10, per_device_train_batch_size=4).max_steps
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +162,10 @@ def test_from_one_rank_to_two_and_back(data, tmp_path):
     ]
     assert list(logged[1]) == [1, 2, 3, 4, 5, 6]
     assert logged[1] == pytest.approx(logged[0], rel=1e-6)
+
+
+def test_the_slower_rank_decides_how_many_steps_fit(two_ranks, data, tmp_path):
+    """Alone it takes two micro-batches a step, so as long as rank 1 if they are half as slow."""
+    steps = [found[2] for found in two_ranks[1]]
+    expected = fixed(data, tmp_path, Clock(step=1), train_minutes=10, per_device_train_batch_size=4).max_steps
+    assert steps == [expected] * 2
