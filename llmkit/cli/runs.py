@@ -1,8 +1,10 @@
 """Commands about runs that are done or under way: `report` and `runs`."""
 
 import argparse
+from pathlib import Path
 
 from llmkit.console import shown
+from llmkit.errors import UserError
 from llmkit.paths import existing_path
 
 
@@ -12,7 +14,9 @@ def add_commands(nouns) -> None:
         "report", help="show one run, or several beside each other, as a page", allow_abbrev=False
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/pretrain_quickstart")
-    report.add_argument("--output", help="the page to write (default: report.html in the first run's folder)")
+    report.add_argument(
+        "--output", help="The page, or a .png for the loss curve (default: report.html in the first run's folder)."
+    )
     report.set_defaults(command=_report)
     runs = nouns.add_parser(
         "runs",
@@ -27,6 +31,17 @@ def add_commands(nouns) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     runs = [existing_path(run) for run in args.runs]
+
+    if args.output and args.output.endswith(".png"):
+        if len(runs) > 1:
+            raise UserError(f"output={args.output}: a picture shows one run; give a page (.html) for {len(runs)}")
+        from llmkit.runs.loss_curve import draw_loss
+        from llmkit.runs.run import load_run
+
+        if not draw_loss(load_run(runs[0]), Path(args.output).expanduser()):
+            raise UserError(f"{runs[0]}: fewer than two losses are logged, which is no curve yet")
+        print(f"wrote {args.output}")
+        return
 
     from llmkit.runs.report import write_report
 

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from transformers import AutoConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from llmkit.runs.loss_curve import draw_loss
 from llmkit.runs.metrics import METRICS
 from llmkit.runs.run import LOG, Run, load_run
-from llmkit.sharing.loss_curve import draw_loss
 
 PICTURE = "loss_curve.png"
 TRAINER_STATE = "trainer_state.json"  # as Trainer names it, whose import takes seconds

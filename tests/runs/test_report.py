@@ -551,3 +551,15 @@ def test_a_long_list_is_counted():
     """600 text files made a page of 16,604 pixels."""
     assert plain([f"{n}.txt" for n in range(600)]) == "600 values"
     assert plain(["a.txt", "b.txt"]) == "'a.txt', 'b.txt'"
+
+
+def test_a_picture_of_the_loss_of_one_run(tmp_path, capsys):
+    write_log(tmp_path / "run", records())
+    picture = tmp_path / "loss.png"
+    cli.main(["report", str(tmp_path / "run"), "--output", str(picture)])
+    assert picture.read_bytes().startswith(b"\x89PNG") and "wrote" in capsys.readouterr().out
+    write_log(tmp_path / "begun", records()[:2])
+    for runs, message in ((["run", "begun"], "a picture shows one run"), (["begun"], "no curve yet")):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["report", *(str(tmp_path / run) for run in runs), "--output", str(tmp_path / "other.png")])
+        assert message in capsys.readouterr().err and not (tmp_path / "other.png").exists()

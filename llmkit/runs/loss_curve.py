@@ -1,4 +1,4 @@
-"""A picture of a run's loss, for its model card."""
+"""A picture of a run's loss, for a model card or a page of documentation."""
 
 import math
 from pathlib import Path
