@@ -10,6 +10,10 @@ from typing import NoReturn
 
 from llmkit.console import ShownLogRecord, shown
 
+# What the system says of a path at which nothing can be read or written.
+WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENOENT)
+WRONG_PATH += (errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP)
+
 
 class UserError(ValueError):
     """Something the user gave and can mend.
@@ -72,8 +76,7 @@ def _exit(message: str, of_one_rank: bool = False) -> NoReturn:
 
 def _wrong_path(error: Exception) -> str | None:
     """The line to print if a file stands where a folder should be, or the like."""
-    wrong = (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-    if isinstance(error, wrong) and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename is not None:
         return f"{error.filename}: {error.strerror.lower()}: give another path"
     return None
 

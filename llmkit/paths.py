@@ -34,9 +34,15 @@ def local_path(name: str) -> Path | None:
 
 
 def expand_homes(arguments: object, *names: str) -> None:
-    """Replace a `~` at the beginning of these attributes, which are paths or None, by the user's home."""
+    """Replace a `~` at the beginning of these attributes, which are paths or None, by the user's home.
+
+    Raises:
+        UserError: one is empty, or holds what no path can.
+    """
     for name in names:
         if isinstance(value := getattr(arguments, name), str):
+            if not value.strip() or "\0" in value:
+                raise UserError(f"{name} is {value!r}: give a value, or leave it out")
             setattr(arguments, name, os.path.expanduser(value))
 
 

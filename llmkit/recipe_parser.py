@@ -87,7 +87,7 @@ class RecipeParser(HfArgumentParser):
             self._refuse_unknown(unknown[0])
         try:
             *parsed, _ = self.parse_args_into_dataclasses(file_argv + argv, look_for_args_file=False)
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, OSError) as error:
             raise UserError(str(error)) from error  # what transformers refuses
         return tuple(parsed)
 
@@ -139,7 +139,9 @@ def _read_yaml(path: str) -> dict:
             content = yaml.load(file, _UniqueKeyLoader)
     except OSError as error:
         raise UserError(f"cannot read the recipe {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # as of dates, lists as keys, depth
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: a recipe is a list of `key: value` lines")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.errors import UserError
+from llmkit.errors import UserError, exit_on_user_error
 from llmkit.paths import checkpoint_path, existing_path, local_path
 
 
@@ -70,3 +70,15 @@ def test_a_folder_without_a_checkpoint(runs):
         checkpoint_path("runs/pretrain")
     (runs / "pretrain" / "adapter_config.json").touch()
     assert checkpoint_path("runs/pretrain") == "runs/pretrain"
+
+
+@pytest.mark.parametrize("name", ["none/at/all", "x" * 300])
+def test_a_path_that_the_system_refuses_is_one_line(tmp_path, capsys, name):
+    @exit_on_user_error
+    def write():
+        (tmp_path / name).write_text("")
+
+    with pytest.raises(SystemExit) as ended:
+        write()
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and err.endswith(": give another path\n") and name in err

@@ -70,6 +70,9 @@ class SFTArguments(RunArguments, SFTConfig):
         super().__post_init__()
         if self.max_length is None or self.max_length < 2:
             raise UserError(f"max_length={self.max_length}: give the number of tokens that an example is cut at")
+        for name in ("dataset_num_proc", "pad_to_multiple_of"):
+            if isinstance(number := getattr(self, name), int) and number < 1:
+                raise UserError(f"{name}={number}: must be at least 1")
         if self.activation_offloading and self.use_cpu:
             raise UserError("activation_offloading moves activations from a GPU to the CPU: leave it out on a CPU")
 

@@ -105,7 +105,7 @@ class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArgumen
     )
 
     def __post_init__(self):
-        expand_homes(self, "resume_from_checkpoint")
+        expand_homes(self, "output_dir", "resume_from_checkpoint")
         refuse_unsupported(self, self.REFUSED)
         check_ranges(self)
         choose_precision(self)
@@ -169,6 +169,8 @@ def check_names(args: RunArguments) -> None:
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in args.METRICS:
         raise UserError(f"metric_for_best_model={metric}: choose from {', '.join(args.METRICS)}")
+    if isinstance(kwargs := args.activation_checkpointing_kwargs, str):
+        raise UserError(f"activation_checkpointing_kwargs={kwargs}: give a mapping, such as {{use_reentrant: false}}")
     if metric is None and args.save_strategy == SaveStrategy.BEST:
         raise UserError(f"save_strategy: best needs metric_for_best_model: {', '.join(args.METRICS)}")
     backend, mode = args.torch_compile_backend, args.torch_compile_mode

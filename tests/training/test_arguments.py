@@ -70,6 +70,12 @@ def test_a_home_is_found_in_every_path(tmp_path, monkeypatch):
     assert ConversationArguments(dataset_name="~/chats").dataset_name == str(tmp_path / "chats")
 
 
+@pytest.mark.parametrize("wrong", [{"pad_to_multiple_of": 0}, {"dataset_num_proc": -1}])
+def test_numbers_that_fine_tuning_cannot_use(tmp_path, wrong):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}=.*: must be at least 1"):
+        SFTArguments(output_dir=str(tmp_path), use_cpu=True, **wrong)
+
+
 def test_command_line_wins_and_types_are_read_alike(tmp_path):
     path = recipe(
         tmp_path, "learning_rate: 6e-4\nmax_steps: 10\nbf16: false\nsample_prompts: [a b, c]\noutput_dir: x\n"
@@ -93,6 +99,14 @@ def test_command_line_wins_and_types_are_read_alike(tmp_path):
         ("learning_rate: [1, 2]", r"recipe.yaml: learning_rate takes one value, not a list: \[1, 2\]"),
         ("config: other.yaml", "recipe.yaml: unknown argument config"),
         ("a: [", "recipe.yaml is not valid YAML"),
+        ("max_steps: " + "[" * 3000, "recipe.yaml is not valid YAML"),
+        ("? [a, b]\n: 3", "recipe.yaml is not valid YAML"),
+        ("max_steps: 2020-99-99", "recipe.yaml is not valid YAML"),
+        ("accelerator_config: nonsense", "nonsense"),
+        ("activation_checkpointing_kwargs: nonsense", "activation_checkpointing_kwargs=nonsense: give a mapping"),
+        ("output_dir: ''", "output_dir is ''"),
+        ('output_dir: "a\\0b"', r"output_dir is 'a\\x00b'"),
+        ("init_from: ' '", "init_from is ' '"),
     ],
 )
 def test_bad_recipes(tmp_path, text, message):
