@@ -123,6 +123,9 @@ def main() -> None:
         free.put(set(available[job * threads : (job + 1) * threads]))
 
     wanted = [fields for setting in options.setting for fields in expand(setting)]
+    minutes = "\ntrain_minutes:" in Path(options.config).read_text()
+    if minutes and any("max_steps" not in fields for fields in wanted):
+        raise SystemExit("error: the recipe's length is stated in minutes: add max_steps to each --setting")
     lines = options.results.read_text().splitlines() if options.results.exists() else []
     done = {(line["recipe"], show(line["setting"]), line["seed"]): line for line in map(json.loads, lines)}
 

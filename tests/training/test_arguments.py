@@ -46,10 +46,13 @@ def test_shipped_recipe(path):
     args.set_accumulation(model.block_size or config.n_positions)
     assert Path(args.output_dir) == Path("runs") / path.stem
     header = path.read_text().split("\n\n")[0]
-    tokens = args.max_steps * args.total_batch_tokens
-    assert f"{args.max_steps:,} steps x {args.total_batch_tokens:,} = " in header
-    scale, unit = (1e9, "B") if tokens >= 1e9 else (1e6, "M")
-    assert f"= {tokens / scale:.1f}{unit} tokens" in header
+    if args.train_minutes is None:
+        tokens = args.max_steps * args.total_batch_tokens
+        assert f"{args.max_steps:,} steps x {args.total_batch_tokens:,} = " in header
+        scale, unit = (1e9, "B") if tokens >= 1e9 else (1e6, "M")
+        assert f"= {tokens / scale:.1f}{unit} tokens" in header
+    else:
+        assert f"run   {args.train_minutes:g} minutes" in header
     (step,) = re.findall(r"step +(.*) tokens = (.*)", header)
     factors = [int(number.replace(",", "")) for number in re.findall(r"[\d,]*\d", step[1].split("(")[0])]
     assert step[0] == f"{args.total_batch_tokens:,}" and math.prod(factors) == args.total_batch_tokens
