@@ -49,11 +49,12 @@ def current(page: Path) -> str:
 
 
 def reference() -> str:
-    """The page of all keys of both recipes: ours with what they do, the inherited ones, and those that are refused."""
+    """The page of all keys of the recipes: ours with what they do, the inherited ones, and those that are refused."""
     from llmkit.data.arguments import DataArguments
     from llmkit.finetuning.adapters import AdapterArguments
     from llmkit.finetuning.arguments import SFTArguments
-    from llmkit.finetuning.conversations import ConversationArguments
+    from llmkit.finetuning.conversations import ConversationArguments, SourceArguments
+    from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
     from llmkit.model.arguments import ModelArguments
     from llmkit.training.arguments import PretrainArguments
 
@@ -69,6 +70,9 @@ def reference() -> str:
         },
         "Fine-tuning (`sft_qlora_*.yaml`)": {
             "Data": ConversationArguments, "Model and adapter": AdapterArguments, "Training": SFTArguments
+        },
+        "Preference tuning (`dpo_qlora_*.yaml`)": {
+            "Data": SourceArguments, "Model and adapter": PreferenceModelArguments, "Training": DPOArguments
         },
     }  # fmt: skip
     for title, subjects in kinds.items():

@@ -15,6 +15,7 @@ from pathlib import Path
 # What `from PACKAGE import NAME` means where the package finds its names lazily.
 LAZY = {
     "transformers.TrainingArguments": "transformers.training_args.TrainingArguments",
+    "trl.DPOConfig": "trl.trainer.dpo_config.DPOConfig",
     "trl.SFTConfig": "trl.trainer.sft_config.SFTConfig",
 }
 

@@ -1,4 +1,4 @@
-"""The two kinds of recipes: which script runs one, which dataclasses its keys fill, and its `--help`.
+"""The kinds of recipes: which script runs one, which dataclasses its keys fill, and its `--help`.
 
 What a recipe's file and command line say is checked against the fields as they are written before anything heavy is
 imported, so that a mistake is answered at once.
@@ -64,7 +64,17 @@ SFT = RecipeKind(
         "llmkit.finetuning.arguments.SFTArguments",
     ),
 )
-KINDS = (PRETRAIN, SFT)
+DPO = RecipeKind(
+    name="dpo",
+    command="prefer",
+    script="dpo_qlora.py",
+    dataclasses=(
+        "llmkit.finetuning.conversations.SourceArguments",
+        "llmkit.finetuning.preference_arguments.PreferenceModelArguments",
+        "llmkit.finetuning.preference_arguments.DPOArguments",
+    ),
+)
+KINDS = (PRETRAIN, SFT, DPO)
 
 
 def parse_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> tuple:
@@ -104,7 +114,7 @@ def check_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | s
 
 
 def _other_kind(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> RecipeKind | None:
-    """The other kind, if the recipe and its command line are right as one of that kind."""
+    """Another kind, if the recipe and its command line are right as one of that kind."""
     from llmkit.recipe_parser import RecipeParser
 
     for other in KINDS:

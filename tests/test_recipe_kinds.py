@@ -9,7 +9,7 @@ import pytest
 
 from llmkit.errors import UserError
 from llmkit.recipe_fields import LAZY, written_dataclass
-from llmkit.recipe_kinds import KINDS, PRETRAIN, SFT, check_recipe, parse_recipe
+from llmkit.recipe_kinds import DPO, KINDS, PRETRAIN, SFT, check_recipe, parse_recipe
 from llmkit.recipe_parser import RecipeParser
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,8 @@ def test_lazy_names_are_found_where_they_are(short, full):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_shipped_recipes_are_right_and_of_their_kind(path):
-    kind, other = (PRETRAIN, SFT) if path.name.startswith("pretrain") else (SFT, PRETRAIN)
+    kind = next(kind for kind in (PRETRAIN, SFT, DPO) if path.name.startswith(kind.name))
+    other = SFT if kind is PRETRAIN else PRETRAIN
     check_recipe(kind, [], path)
     with pytest.raises(UserError, match=f"looks like a recipe for `llmkit {kind.command}`"):
         check_recipe(other, [], path)

@@ -6,7 +6,7 @@ from pathlib import Path
 from llmkit.console import has_color, say
 from llmkit.errors import UserError
 from llmkit.paths import checkpoint_path, new_path
-from llmkit.recipe_kinds import SFT, parse_recipe
+from llmkit.recipe_kinds import DPO, SFT, parse_recipe
 
 
 def add_commands(nouns) -> None:
@@ -27,6 +27,9 @@ def add_commands(nouns) -> None:
 
 
 def _audit(args: argparse.Namespace) -> None:
+    if Path(args.recipe).name.startswith(f"{DPO.name}_"):
+        _audit_pairs(args)
+        return
     data_args, adapter_args, training_args = parse_recipe(SFT, args.fields, default_config=args.recipe)
 
     from llmkit.finetuning.adapters import load_chat_tokenizer
@@ -41,6 +44,22 @@ def _audit(args: argparse.Namespace) -> None:
         say(findings.table() + "\n")
         print(show_tokens(rows[0], tokenizer, color=has_color()), end="\n\n")
         check(findings)
+
+
+def _audit_pairs(args: argparse.Namespace) -> None:
+    data_args, model_args, training_args = parse_recipe(DPO, args.fields, default_config=args.recipe)
+
+    from llmkit.finetuning.preference_audit import audit_pairs, show_pair
+    from llmkit.finetuning.preferences import encode_pairs, load_pairs
+
+    model_args.resolve()
+    tokenizer = model_args.load_tokenizer()
+    for pairs in load_pairs(data_args):
+        rows = encode_pairs(pairs, tokenizer)
+        findings = audit_pairs(pairs, rows, tokenizer, training_args.max_length)
+        say(findings.table() + "\n")
+        print(show_pair(rows[0], tokenizer, color=has_color()), end="\n\n")
+        findings.check()
 
 
 def _merge(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""`train` and `sft`: run a recipe, in this process or in several."""
+"""`train`, `sft` and `prefer`: run a recipe, in this process or in several."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 
 from llmkit.errors import UserError
 from llmkit.paths import existing_path
-from llmkit.recipe_kinds import PRETRAIN, SFT, RecipeKind, check_recipe
+from llmkit.recipe_kinds import DPO, PRETRAIN, SFT, RecipeKind, check_recipe
 
 
 def add_commands(nouns) -> None:
@@ -15,6 +15,7 @@ def add_commands(nouns) -> None:
     for kind, summary in (
         (PRETRAIN, "Pretrain a model as a recipe says."),
         (SFT, "Fine-tune a model as a recipe says."),
+        (DPO, "Tune a model on preference pairs as a recipe says."),
     ):
         command = nouns.add_parser(
             kind.command,

@@ -2,7 +2,7 @@
 
 import ast
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 # Folders that are no good to learn Python from. What is left is about 10 MB of code written by people.
@@ -55,6 +55,31 @@ def docstring_conversations() -> Iterator[str]:
                 call = f"{name.split('.')[-1]}({signature})"
                 text += f"### Human: How do I call it?### Assistant: `{call}`"
             yield text
+
+
+def docstring_preferences(answered: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str, str]]:
+    """Questions about the standard library with the answer that is preferred and one that is not.
+
+    The preferred one is the docstring. The others are, in turn, for each question:
+
+    - the docstring of another function;
+    - the docstring cut short in its middle;
+    - the docstring without its end: another one follows in the same answer.
+
+    Args:
+        answered: questions and docstrings. What is rejected comes from these alone, so that held-out docstrings are
+            not seen where they are not among them.
+
+    Yields:
+        (question, preferred answer, other answer).
+    """
+    half = len(answered) // 2
+    for i, (question, answer) in enumerate(answered):
+        other, following = answered[i - half][1], answered[i - 1][1]
+        words = answer.split()
+        for rejected in (other, " ".join(words[: len(words) // 2]), f"{answer} {following}"):
+            if rejected and rejected != answer:
+                yield question, answer, rejected
 
 
 def _public_definitions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef | ast.ClassDef]]:

@@ -46,14 +46,14 @@ SOURCE += ("sample_prompts",)
 
 
 @dataclass
-class ConversationArguments:
-    """Where the conversations come from. With no source given: the docstrings of the standard library."""
+class SourceArguments:
+    """Where the rows come from. With no source given: the docstrings of the standard library."""
 
     # A source on the command line takes the place of the one in the recipe's file, with all that belongs to it.
     REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {"data_files": SOURCE, "dataset_name": SOURCE}
 
     data_files: list[str] | None = field(
-        default=None, metadata={"help": "Paths, globs or URLs of .jsonl or .parquet files, one conversation a row."}
+        default=None, metadata={"help": "Paths, globs or URLs of .jsonl or .parquet files, one example a row."}
     )
     dataset_name: str | None = field(default=None, metadata={"help": "A dataset on the Hub, or a local folder."})
     dataset_config: str | None = field(
@@ -67,18 +67,32 @@ class ConversationArguments:
     validation_fraction: float = field(
         default=0.02, metadata={"help": "The fraction of the training split that is held out for validation."}
     )
+
+    def __post_init__(self):
+        expand_homes(self, "dataset_name")
+        if self.data_files and (self.dataset_name or self.validation_split):
+            raise UserError(
+                "data_files goes without dataset_name and validation_split: validation is a part of the files"
+            )
+        if not 0 < self.validation_fraction < 1:
+            raise UserError(f"validation_fraction={self.validation_fraction}: must be between 0 and 1")
+
+
+@dataclass
+class ConversationArguments(SourceArguments):
+    """Where the conversations come from, and which column of theirs holds text."""
+
     text_column: str = field(
         default="text",
         metadata={"help": "The column that holds guanaco's text, in rows without messages and prompts."},
     )
 
-    def __post_init__(self):
-        expand_homes(self, "dataset_name")
-
 
 @dataclass
 class Conversations:
     """The well-formed conversations of a source, and why its other rows are not among them."""
+
+    NOUN: ClassVar[str] = "conversation"
 
     description: str
     rows: list[Messages] = field(default_factory=list)
@@ -93,7 +107,7 @@ class Conversations:
         """
         if not self.rows:
             reasons = "; ".join(f"{count} rows: {why}" for why, count in self.malformed.most_common())
-            raise UserError(f"{self.description}: not one conversation ({reasons or 'no rows'})")
+            raise UserError(f"{self.description}: not one {self.NOUN} ({reasons or 'no rows'})")
 
     def add(self, row: object, parse: Callable[[dict], Messages]) -> None:
         """Parse one row; where it is no conversation, count it by its reason."""
@@ -116,50 +130,62 @@ def load_conversations(args: ConversationArguments) -> tuple[Conversations, Conv
     Raises:
         UserError: no such source, split or column, or not one row that can be used.
     """
-    if args.data_files and (args.dataset_name or args.validation_split):
-        raise UserError("data_files goes without dataset_name and validation_split: validation is a part of the files")
-    if not 0 < args.validation_fraction < 1:
-        raise UserError(f"validation_fraction={args.validation_fraction}: must be between 0 and 1")
     train = _read_split(args, args.dataset_split)
     if args.dataset_name and args.validation_split:
         return train, _read_split(args, args.validation_split)
     return hold_out(train, args.validation_fraction)
 
 
-def hold_out(conversations: Conversations, fraction: float) -> tuple[Conversations, Conversations]:
+def hold_out(
+    conversations: Conversations, fraction: float, group: Callable[[object], str] | None = None
+) -> tuple[Conversations, Conversations]:
     """Split off a fraction of the conversations, evenly spaced: the same ones on every machine, and from all parts of
     a source that is sorted in some way. What was malformed stays with the first part.
+
+    Args:
+        group: of a row; rows of one group stay together, and the fraction is one of the groups. Default: each row is
+            one.
 
     Raises:
         UserError: too few to hold out one.
     """
     rows, exact = conversations.rows, Fraction(str(fraction))
-    is_held_out = [int((i + 1) * exact) > int(i * exact) for i in range(len(rows))]
+    numbers: dict = {}
+    number_of = [numbers.setdefault(group(row) if group else i, len(numbers)) for i, row in enumerate(rows)]
+    is_held_out = [int((i + 1) * exact) > int(i * exact) for i in number_of]
     held_out = [row for row, out in zip(rows, is_held_out, strict=True) if out]
     if not held_out:
+        what = f"prompts of {conversations.NOUN}s" if group else f"{conversations.NOUN}s"
         raise UserError(
-            f"{len(rows)} conversations are too few to hold out validation_fraction={fraction}: give more of them, or "
-            f"raise it to {1 / len(rows):.2g}"
+            f"{len(numbers)} {what} are too few to hold out validation_fraction={fraction}: give more of them, or "
+            f"raise it to {1 / len(numbers):.2g}"
         )
     conversations.rows = [row for row, out in zip(rows, is_held_out, strict=True) if not out]
-    return conversations, Conversations(conversations.description, held_out)
+    return conversations, type(conversations)(conversations.description, held_out)
 
 
 def _read_split(args: ConversationArguments, split: str) -> Conversations:
+    rows, description = read_source(args, split)
+    columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
+    return read_rows(rows, row_parser(list(columns), args.text_column), Conversations(description))
+
+
+def read_source(args: SourceArguments, split: str) -> tuple[Iterable[object], str]:
+    """The rows of the files, of the dataset's split, or of the embedded conversations, and what to call them.
+
+    Raises:
+        UserError: no such source or split.
+    """
     if args.data_files:
         rows = [row for path in args.data_files for row in _read_file(path)]
-        description = ", ".join(Path(path).name for path in args.data_files)
-    elif args.dataset_name:
+        return rows, ", ".join(Path(path).name for path in args.data_files)
+    if args.dataset_name:
         try:
             rows = load_dataset(args.dataset_name, args.dataset_config, split=split)
         except (DatasetsError, ValueError, OSError) as error:
             raise UserError(f"{args.dataset_name}: {error}") from error
-        description = f"{Path(args.dataset_name).name}, split {split}"
-    else:
-        rows = [{"text": text} for text in docstring_conversations()]
-        description = "stdlib docstrings"
-    columns = dict.fromkeys(column for row in rows if isinstance(row, dict) for column in row)
-    return read_rows(rows, row_parser(list(columns), args.text_column), description)
+        return rows, f"{Path(args.dataset_name).name}, split {split}"
+    return [{"text": text} for text in docstring_conversations()], "stdlib docstrings"
 
 
 def _read_file(pattern: str) -> Iterator[object]:
@@ -205,7 +231,7 @@ def row_parser(columns: list[str], text_column: str = "text") -> Callable[[dict]
         return lambda row: check_turns(row.get("messages"))
     if "prompt" in columns and "completion" in columns:
         return lambda row: check_turns(
-            _as_messages(row.get("prompt"), "user") + _as_messages(row.get("completion"), "assistant")
+            as_messages(row.get("prompt"), "user") + as_messages(row.get("completion"), "assistant")
         )
     if text_column in columns or not columns:
         return lambda row: split_guanaco(row.get(text_column))
@@ -215,7 +241,12 @@ def row_parser(columns: list[str], text_column: str = "text") -> Callable[[dict]
     )
 
 
-def _as_messages(value: object, role: str) -> Messages:
+def as_messages(value: object, role: str) -> Messages:
+    """A text as one message of a role; messages as they are.
+
+    Raises:
+        Malformed: it is neither.
+    """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     if not isinstance(value, list):
@@ -223,17 +254,16 @@ def _as_messages(value: object, role: str) -> Messages:
     return value
 
 
-def read_rows(rows: Iterable[object], parse: Callable[[dict], Messages], description: str) -> Conversations:
-    """The rows as conversations; those that are none are counted by reason.
+def read_rows(rows: Iterable[object], parse: Callable[[dict], object], into: Conversations) -> Conversations:
+    """Add the rows to `into`; those that are no conversations are counted by reason.
 
     Raises:
         UserError: not one row is a conversation.
     """
-    conversations = Conversations(description)
     for row in rows:
-        conversations.add(row, parse)
-    conversations.require_rows()
-    return conversations
+        into.add(row, parse)
+    into.require_rows()
+    return into
 
 
 # ------------------------------------------------------------------ tokens
@@ -288,8 +318,14 @@ def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generati
         raise Malformed(f"the chat template refuses the conversation ({error})") from error
 
 
-def encode_all(conversations: Conversations, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """All conversations as rows of `input_ids` and `labels`; counts those that cannot be encoded as malformed."""
+def encode_all(
+    conversations: Conversations, tokenizer: PreTrainedTokenizerBase, encode: Callable[..., dict] = encode
+) -> Dataset:
+    """All conversations as rows of token ids; counts those that cannot be encoded as malformed.
+
+    Args:
+        encode: what makes a row of one.
+    """
     rows, kept = [], []
     for messages in conversations.rows:
         try:

@@ -37,7 +37,7 @@ def run_record(
     """What is known of a run before its first step: its arguments, model, data, machine and code.
 
     Args:
-        kind: `PRETRAINING` or `FINE_TUNING`.
+        kind: `PRETRAINING`, `FINE_TUNING` or `PREFERENCE_TUNING`.
         args: those that were given are recorded as `arguments`, the others as `defaults`.
         data: the description, the fingerprint and the sizes of what is trained on.
         source: the dataclasses that say where data and model came from.

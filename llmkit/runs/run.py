@@ -11,7 +11,7 @@ from llmkit.errors import UserError
 LOG = "log.jsonl"
 # Saved with each adapter: how its base was quantized, without which it can not be merged.
 QUANTIZATION_CONFIG = "quantization_config.json"
-PRETRAINING, FINE_TUNING = "pretraining", "fine-tuning"
+PRETRAINING, FINE_TUNING, PREFERENCE_TUNING = "pretraining", "fine-tuning", "preference tuning"
 # What a run's record has at least. A part that a damaged log lacks, or has as another type, reads as it stands here.
 LEAST_RECORD = {
     "arguments": {},
@@ -83,7 +83,7 @@ class Run:
 
     @property
     def kind(self) -> str:
-        """`pretraining` or `fine-tuning`. Logs of llmkit 0.1 do not say it, but what their data was."""
+        """`pretraining`, `fine-tuning` or `preference tuning`; logs of llmkit 0.1 say it by what their data was."""
         if isinstance(told := self.record.get("kind"), str):
             return told
         return FINE_TUNING if "conversations" in self.record["data"] else PRETRAINING
@@ -96,7 +96,7 @@ class Run:
 
     @property
     def counted(self) -> str:
-        """What its tokens are called: a fine-tuning run counts those that it learned from, not all that it read."""
+        """What its tokens are called: the others count those that they learned from, not all that they read."""
         return "tokens" if self.kind == PRETRAINING else "answer tokens"
 
     def seconds(self) -> list[float]:

@@ -23,8 +23,10 @@ HYPERPARAMETERS = ("max_steps", "num_train_epochs", "total_batch_tokens", "per_d
 HYPERPARAMETERS += ("gradient_accumulation_steps", "block_size", "max_length", "packing", "optim", "learning_rate")
 HYPERPARAMETERS += ("muon_learning_rate", "lr_schedule", "lr_scheduler_type", "warmup_steps", "min_lr_ratio")
 HYPERPARAMETERS += ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "dropout")
-HYPERPARAMETERS += ("bf16", "fp16", "seed", "data_seed")
+HYPERPARAMETERS += ("beta", "loss_type", "loss_weights", "label_smoothing", "bf16", "fp16", "seed", "data_seed")
 EVALUATED = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
+PREFERENCES = ("eval_preference_accuracy", "eval_rewards/accuracies", "eval_rewards/margins", "eval_chosen_change")
+PREFERENCES += ("eval_rejected_change", "eval_answer_tokens", "eval_answers_ended")
 
 
 def run_of(checkpoint: Path) -> Run | None:
@@ -199,6 +201,9 @@ def _data(run: Run, dataset: str | None) -> str:
         rows["To train on"] = f"{data['train_tokens']:,} tokens in {data['train_documents']:,} documents"
         rows["Text to train on"] = f"{data['train_bytes'] / 1e6:,.1f} MB"
         rows["Held out"] = f"{data['validation_tokens']:,} tokens"
+    elif "pairs" in data:
+        rows["To train on"] = f"{data['pairs']:,} preference pairs"
+        rows["Held out"] = f"{data['validation_pairs']:,} preference pairs"
     else:
         rows["To train on"] = f"{data['conversations']:,} conversations"
         rows["Held out"] = f"{data['validation_conversations']:,} conversations"
@@ -212,7 +217,7 @@ def _data(run: Run, dataset: str | None) -> str:
 
 def _results(run: Run, hellaswag: dict) -> str:
     evaluation = run.evaluations[-1] if run.evaluations else {}
-    metrics = [METRICS[key] for key in EVALUATED if key in evaluation]
+    metrics = [METRICS[key] for key in EVALUATED + PREFERENCES if key in evaluation]
     rows = {metric.name.capitalize(): metric.write(evaluation[metric.key]) for metric in metrics}
     if hellaswag:
         error = hellaswag.get("hellaswag/acc_norm_stderr")

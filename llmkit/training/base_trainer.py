@@ -36,9 +36,9 @@ from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_tr
 class ExactTrainer(WholeCheckpoints):
     """A base for Trainer and its subclasses: `class MyTrainer(ExactTrainer, SFTTrainer)`.
 
-    A subclass says how the loss of a validation batch is summed (`sum_loss`), and where its steps stand in the
-    schedule if they are not full batches (`schedule_position`), and how many tokens a byte of its text has
-    (`tokens_per_byte`).
+    A subclass says how the loss of a validation batch is summed (`sum_loss`), what the sums are as metrics if they are
+    not a loss per token (`metrics_of`), where its steps stand in the schedule if they are not full batches
+    (`schedule_position`), and how many tokens a byte of its text has (`tokens_per_byte`).
 
     Args:
         model, args: as Trainer's.
@@ -70,7 +70,7 @@ class ExactTrainer(WholeCheckpoints):
         if prompts:
             length = args.sample_tokens
             callbacks.append(Samples(processing_class, prompts, length, context, log, add_special_tokens))
-        super().__init__(model, args, processing_class=processing_class, callbacks=callbacks, **others)
+        super().__init__(model, args=args, processing_class=processing_class, callbacks=callbacks, **others)
         self.record, self.throughput = record, throughput
         self.evaluated_step = -1
         self.eval_sums: list[torch.Tensor] = []
@@ -183,14 +183,19 @@ class ExactTrainer(WholeCheckpoints):
         return None, None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs) -> EvalLoopOutput:
-        """Trainer's loop, with the loss weighted by tokens over all batches and ranks (Trainer averages batches)."""
+        """Trainer's loop, with sums over all batches and ranks (Trainer averages batches)."""
         self.eval_sums = []
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         sums = self.accelerator.gather(torch.stack(self.eval_sums)).cpu().double()
-        nats, tokens = sums.view(-1, 2).sum(dim=0).tolist()
-        metrics = loss_metrics(nats, int(tokens), self.tokens_per_byte(dataloader.dataset))
+        totals = sums.view(-1, sums.shape[-1]).sum(dim=0).tolist()
+        metrics = self.metrics_of(totals, dataloader.dataset)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
+
+    def metrics_of(self, totals: list[float], dataset) -> dict[str, float]:
+        """The metrics of an evaluation, from what `sum_loss` gave, added up over all batches and ranks."""
+        nats, tokens = totals
+        return loss_metrics(nats, int(tokens), self.tokens_per_byte(dataset))
 
     def tokens_per_byte(self, dataset) -> float | None:
         """Of the text that is evaluated, where bits per byte are wanted."""

@@ -350,7 +350,9 @@ def test_held_out_conversations_need_an_answer_and_no_end(tokenizer):
 
 def test_the_audit_shows_an_ambiguous_row(tokenizer):
     text = "### Human: Code?### Assistant: ```\nx\x1b[2J### Human: And?### Assistant: ```py\ny\n```"
-    conversations = read_rows([{"text": text}, {"text": TEXTS["one turn"]}], row_parser(["text"]), "test")
+    conversations = read_rows(
+        [{"text": text}, {"text": TEXTS["one turn"]}], row_parser(["text"]), Conversations("test")
+    )
     table = audit(conversations, encode_all(conversations, tokenizer), tokenizer, 64).table()
     assert "1, left out" in table and "1 ambiguous" in table
     assert r"```\nx\x1b[2J### Human: And?" in table and "\x1b" not in table

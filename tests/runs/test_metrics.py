@@ -35,4 +35,5 @@ def test_runs_are_compared_by_what_was_held_out():
         "eval_perplexity",
         "eval_bits_per_byte",
         "hellaswag/acc_norm",
+        "eval_preference_accuracy",
     ]

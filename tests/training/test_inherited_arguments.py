@@ -7,15 +7,18 @@ import os
 import pytest
 import torch
 from transformers import TrainingArguments
-from trl import SFTConfig
+from trl import DPOConfig, SFTConfig
 
 from llmkit.errors import UserError
 from llmkit.finetuning import arguments as finetuning
+from llmkit.finetuning import preference_arguments as preferences
 from llmkit.finetuning.arguments import SFTArguments
+from llmkit.finetuning.preference_arguments import DPOArguments
 from llmkit.training import inherited_arguments as inherited
 from llmkit.training.arguments import PretrainArguments
 
-KINDS = {PretrainArguments: TrainingArguments, SFTArguments: SFTConfig}
+KINDS = {PretrainArguments: TrainingArguments, SFTArguments: SFTConfig, DPOArguments: DPOConfig}
+FREE = {PretrainArguments: set(), SFTArguments: finetuning.FREE, DPOArguments: preferences.FREE}
 
 
 @pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
@@ -33,7 +36,7 @@ def decisive(kind) -> set[str]:
 
 def test_every_inherited_field_has_its_place(kind):
     fields = {field.name for field in dataclasses.fields(KINDS[kind])}
-    free = inherited.FREE | (finetuning.FREE if kind is SFTArguments else set())
+    free = inherited.FREE | FREE[kind]
     assert not fields - decisive(kind) - free - kind.REFUSED.keys(), "new: say whether it is honoured or refused"
     assert not decisive(kind) & kind.REFUSED.keys()
 

@@ -36,6 +36,8 @@ HOW = {
     "Tokens per second": ("noisy",),
     "Model FLOPs utilization (MFU)": ("noisy", "percent"),
     "Token accuracy": ("percent",),
+    "Preference accuracy": ("percent",),
+    "Answers that end": ("percent",),
     "Utilization": ("percent",),
 }
 # Families of keys, one line a group of parameters.

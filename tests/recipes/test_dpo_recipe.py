@@ -1,0 +1,238 @@
+"""`accelerate launch recipes/dpo_qlora.py` as a user runs it, on a tiny Phi with an SFT adapter."""
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PhiConfig, PhiForCausalLM, set_seed
+
+from llmkit.data.tokenizer import train_bpe_tokenizer
+from small_run import accelerate_launch
+
+ROOT = Path(__file__).parents[2]
+ANSWERS = {
+    "What is the capital of France?": ("Paris, on the Seine.", "Rome."),
+    "Who wrote Faust?": ("Goethe did.", "It was Schiller, I think."),
+    "What is two and two?": ("Four.", "Five, or is it six?"),
+    "Which sea is salt?": ("All of them.", "None."),
+}
+TRAINING = ["--max_length", "96", "--max_steps", "16", "--learning_rate", "5e-3", "--bf16", "false", "--beta", "0.3"]
+TRAINING += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "2"]
+TRAINING += ["--eval_strategy", "steps", "--eval_steps", "8", "--save_steps", "8", "--lr_schedule", "linear"]
+TRAINING += ["--validation_fraction", "0.25", "--warmup_steps", "2", "--per_device_eval_batch_size", "3"]
+TRAINING += ["--sample_prompts", "Who wrote Faust?", "--sample_tokens", "12", "--max_chosen_drop", "0.001"]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory) -> Path:
+    """A base of Phi's architecture, an SFT adapter on it that is not zero, and preference pairs."""
+    from llmkit.finetuning.adapters import AdapterArguments, load_base_model, load_chat_tokenizer
+    from llmkit.runs.run import QUANTIZATION_CONFIG
+
+    work = tmp_path_factory.mktemp("dpo")
+    texts = [f"### Human: {question}\n### Assistant: {a}{b}" for question, (a, b) in ANSWERS.items()]
+    tokenizer = train_bpe_tokenizer(texts * 3, 330)
+    set_seed(0)
+    config = PhiConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        partial_rotary_factor=0.4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    PhiForCausalLM(config).save_pretrained(work / "base")
+    tokenizer.save_pretrained(work / "base")
+
+    from peft import get_peft_model
+
+    args = AdapterArguments(model=str(work / "base"), lora_r=4, lora_alpha=8)
+    base = load_base_model(args, torch.float32, torch.device("cpu"))
+    model = get_peft_model(base, args.lora_config(base))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(work / "sft")
+    base.config.quantization_config.to_json_file(work / "sft" / QUANTIZATION_CONFIG)
+    load_chat_tokenizer(args).save_pretrained(work / "sft")
+    rows = [{"prompt": question, "chosen": a, "rejected": b} for question, (a, b) in ANSWERS.items()]
+    (work / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
+    return work
+
+
+def command(work: Path, output: Path, *more: object) -> list[str]:
+    given = ["--config", "recipes/dpo_qlora_quickstart.yaml", "--adapter", work / "sft", "--output_dir", output]
+    return list(map(str, [*given, "--data_files", work / "pairs.jsonl", *TRAINING, *more]))
+
+
+def run(work: Path, output: Path, *more: object, config: str = "cpu") -> subprocess.CompletedProcess:
+    words = [*accelerate_launch(config), "recipes/dpo_qlora.py", *command(work, output, *more)]
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def logged(run: Path, key: str) -> dict[int, float]:
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.fixture(scope="module")
+def one_rank(work) -> Path:
+    done = run(work, work / "one")
+    assert done.returncode == 0, done.stderr
+    (work / "one" / "stdout").write_text(done.stdout)
+    return work / "one"
+
+
+def test_it_starts_as_the_reference_and_learns_to_prefer(one_rank):
+    margin, change = logged(one_rank, "eval_rewards/margins"), logged(one_rank, "eval_chosen_change")
+    assert sorted(margin) == [0, 8, 16]
+    assert margin[0] == 0 and change[0] == 0, "the policy starts as the SFT adapter to the last bit"
+    assert logged(one_rank, "eval_loss")[0] == pytest.approx(0.6931472)
+    assert logged(one_rank, "rewards/accuracies")[16] == 1 and logged(one_rank, "rewards/margins")[16] > 1
+    assert logged(one_rank, "trained_tokens")[16] > 16 * 4 * 4
+    assert 0 <= logged(one_rank, "eval_answers_ended")[16] <= 1 and logged(one_rank, "eval_answer_tokens")[16] >= 0
+    started = json.loads((one_rank / "log.jsonl").read_text().splitlines()[0])["run"]
+    assert started["kind"] == "preference tuning"
+    assert started["source"]["adapter"].endswith("sft") and started["source"]["lora_r"] == 4
+    assert started["data"]["pairs"] == 24 and started["data"]["validation_pairs"] == 8
+
+
+def test_it_says_what_it_does(one_rank):
+    said = (one_rank / "stdout").read_text()
+    assert "24 of 3 prompts" in said and "rejected:" in said and "|" in said
+    assert not (one_rank / "ref").exists() and not (one_rank / "checkpoint-8" / "ref").exists()
+    report = (one_rank / "report.html").read_text()
+    assert "Preference accuracy" in report and "Against the reference" in report
+
+
+def test_resumed_run_ends_with_the_same_bits(one_rank, work):
+    again = work / "again"
+    shutil.copytree(one_rank / "checkpoint-8", again / "checkpoint-8")
+    shutil.copy(one_rank / "log.jsonl", again)
+    done = run(work, again, "--resume_from_checkpoint", "latest")
+    assert done.returncode == 0, done.stderr
+    for key in ("loss", "trained_tokens", "eval_rewards/margins"):
+        assert logged(again, key) == logged(one_rank, key)
+    expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one_rank, again))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_two_ranks_train_what_one_trains(one_rank, work):
+    """Half the accumulation, the same losses, the same evaluation although the pairs do not divide by the ranks."""
+    done = run(work, work / "two", "--gradient_accumulation_steps", "1", config="multi_cpu")
+    assert done.returncode == 0, done.stderr
+    for key in ("eval_rewards/margins", "eval_loss", "eval_preference_accuracy", "eval_logps/chosen"):
+        one, two = logged(one_rank, key), logged(work / "two", key)
+        assert two == pytest.approx(one, rel=1e-2, abs=1e-3), key
+    assert logged(work / "two", "trained_tokens") == logged(one_rank, "trained_tokens")
+
+
+def test_the_reference_is_the_sft_model(work, tmp_path):
+    """Its log-probabilities, whatever the trained copy has become, are those of the SFT model loaded by itself."""
+    from llmkit.finetuning.adapters import load_base_model, load_with_adapter
+    from llmkit.finetuning.conversations import SourceArguments
+    from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
+    from llmkit.finetuning.preference_trainer import PreferenceTrainer
+    from llmkit.finetuning.preferences import encode_pairs, load_pairs
+
+    start = PreferenceModelArguments(adapter=str(work / "sft"))
+    start.resolve()
+    args = DPOArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=96)
+    tokenizer = start.load_tokenizer()
+    pairs, _ = load_pairs(SourceArguments(data_files=[str(work / "pairs.jsonl")], validation_fraction=0.25))
+    rows = encode_pairs(pairs, tokenizer)
+    model = start.put_adapter(load_base_model(start, torch.float32, torch.device("cpu")))
+    trainer = PreferenceTrainer(model, args, None, rows, rows, tokenizer, "pairs")
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1
+    inputs = next(iter(trainer.get_eval_dataloader()))
+    found = torch.cat(trainer.compute_ref_log_probs(trainer.model, inputs))
+
+    sft = load_with_adapter(str(work / "sft"), None, torch.device("cpu"))
+    ids, answers = inputs["input_ids"], inputs["completion_mask"][:, 1:]
+    with torch.no_grad():
+        logits = sft(input_ids=ids, attention_mask=inputs["attention_mask"]).logits[:, :-1].log_softmax(-1)
+    expected = (logits.gather(-1, ids[:, 1:, None]).squeeze(-1) * answers).sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_result_is_an_adapter_as_any_other(one_rank, capsys):
+    from llmkit.cli import main as llmkit
+
+    llmkit(["merge", str(one_rank), str(one_rank.with_name("merged"))])
+    assert "KL divergence" in capsys.readouterr().out
+
+
+def recipe(*arguments: object) -> None:
+    spec = importlib.util.spec_from_file_location("dpo_qlora", ROOT / "recipes" / "dpo_qlora.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.argv = ["dpo_qlora.py", *map(str, arguments)]
+    module.main()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--adapter", "{work}/nowhere"], "no such file or folder"),
+        (["--adapter", "{work}/base"], "has no adapter_config.json"),
+        (["--lora_r", "8"], "lora_r=8: the adapter"),
+        (["--quantization", "none"], "quantization=none: the adapter"),
+        (["--data_files", "{work}/nothing.jsonl"], "nothing.jsonl"),
+        (["--data_files", "{work}/chats.jsonl"], "not one preference pair (2 rows: no chosen or no rejected answer)"),
+        (["--data_files", "{work}/equal.jsonl"], "not one preference pair (2 rows: equal answers)"),
+        (["--max_length", "500"], "max_length=500 is longer than the 128 positions"),
+        (["--max_length", "8"], "nothing would be learned"),
+        (["--loss_type", "dpo"], "loss_type=dpo: choose from sigmoid"),
+        (["--loss_type", "sft", "--loss_weights", "1"], "learns no preference"),
+        (["--loss_type", "sigmoid", "--loss_weights", "1", "2"], "`loss_weights` must have the same length"),
+        (["--label_smoothing", "0.1"], "label_smoothing=0.1 is read by loss_type robust"),
+        (["--loss_type", "exo_pair", "sft"], "exo_pair needs a label_smoothing above 0"),
+        (["--precompute_ref_log_probs", "true"], "precompute_ref_log_probs=True is not supported"),
+        (["--beta", "0"], "beta=0.0: must be above 0"),
+        (["--neftune_noise_alpha", "5"], "neftune_noise_alpha"),
+    ],
+)
+def test_mistakes_are_one_line(work, tmp_path, capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.chdir(ROOT)
+    (work / "chats.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (work / "equal.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b "}\n' * 2)
+    with pytest.raises(SystemExit) as ended:
+        recipe(*command(work, tmp_path / "run"), *(text.format(work=work) for text in arguments))
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert [line for line in errors if line.startswith("error: ") and message in line], errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_start_without_adapter_and_model_is_refused():
+    from llmkit.errors import UserError
+    from llmkit.finetuning.preference_arguments import PreferenceModelArguments
+
+    with pytest.raises(UserError, match="give the adapter of an SFT run"):
+        PreferenceModelArguments().resolve()
+
+
+def test_the_shipped_recipes_go_on_from_the_sft_recipes():
+    from llmkit.finetuning.conversations import SourceArguments
+    from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
+    from llmkit.recipe_parser import RecipeParser
+
+    found = sorted((ROOT / "recipes").glob("dpo_qlora*.yaml"))
+    assert len(found) >= 2
+    for path in found:
+        data, model, args = RecipeParser((SourceArguments, PreferenceModelArguments, DPOArguments), path).parse([])
+        assert model.adapter == "runs/" + path.stem.replace("dpo", "sft") and "sigmoid" in args.loss_type
+        assert (data.dataset_name is None) == path.stem.endswith("quickstart")
