@@ -14,6 +14,7 @@ from pathlib import Path
 
 import llmkit
 from llmkit.errors import UserError
+from llmkit.paths import existing_path
 from llmkit.recipe_fields import WrittenField, written_dataclass, written_fields
 
 WIDTH = 100  # of the help
@@ -35,13 +36,9 @@ class RecipeKind:
     script: str
     dataclasses: tuple[str, ...]
 
+    @property
     def script_path(self) -> Path:
-        """Where the script is: beside the package in a checkout, within it where it was installed."""
-        package = Path(llmkit.__file__).parent
-        for folder in (package / "recipes", package.parent / "recipes"):
-            if (folder / self.script).is_file():
-                return folder / self.script
-        raise UserError(f"{self.script} did not come with this installation: get recipes/ from llmkit's repository")
+        return recipes_folder() / self.script
 
 
 PRETRAIN = RecipeKind(
@@ -77,6 +74,23 @@ DPO = RecipeKind(
 KINDS = (PRETRAIN, SFT, DPO)
 
 
+def recipes_folder() -> Path:
+    """Where llmkit's recipes and their scripts are: within the package if it is installed, beside it in a checkout."""
+    package = Path(llmkit.__file__).parent
+    installed = package / "recipes"
+    return installed if installed.is_dir() else package.parent / "recipes"
+
+
+def recipe_path(name: str) -> Path:
+    """The recipe file with this path, or the one of llmkit's own with this name, such as `pretrain_quickstart`.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    own = recipes_folder() / f"{name}.yaml"
+    return own if Path(name).name == name and own.is_file() else existing_path(name)
+
+
 def parse_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> tuple:
     """The filled dataclasses of a recipe. `--help` prints the fields and ends the program.
 
@@ -104,13 +118,16 @@ def check_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | s
         sys.exit(0)
 
     from llmkit.recipe_parser import RecipeParser
+    from llmkit.training.ranges import check_ranges
 
     try:
-        RecipeParser([written_dataclass(name) for name in kind.dataclasses], default_config).parse(list(argv))
+        written = [written_dataclass(name) for name in kind.dataclasses]
+        *_, args = RecipeParser(written, default_config).parse(list(argv))
     except UserError as error:
         if other := _other_kind(kind, argv, default_config):
             raise UserError(f"{error}. This looks like a recipe for `llmkit {other.command}`") from error
         raise
+    check_ranges(args)
 
 
 def _other_kind(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> RecipeKind | None:
@@ -135,8 +152,15 @@ def help_text(kind: RecipeKind, everything: bool) -> str:
             by_class[field.owner].append(field)
     own = {owner: fields for owner, fields in by_class.items() if owner.startswith("llmkit.")}
     parts = [
-        f"usage: llmkit {kind.command} RECIPE.yaml [--FIELD VALUE ...]",
-        "Each key of a recipe is an option, and an option wins over the recipe's key. `--FIELD null` clears a key.",
+        f"usage: llmkit {kind.command} RECIPE [--config_file FILE] [--num_processes N] [--FIELD VALUE ...]",
+        _wrapped(
+            "RECIPE is a YAML file, or the name of a recipe that comes with llmkit: "
+            f"{', '.join(sorted(path.stem for path in recipes_folder().glob(f'{kind.name}_*.yaml')))}."
+        ),
+        _wrapped(
+            "Each key of a recipe is an option, and an option wins over the recipe's key. `--FIELD null` clears a "
+            "key. With --config_file (of accelerate) or --num_processes, the recipe is started by `accelerate launch`."
+        ),
     ]
     for owner, fields in (by_class if everything else own).items():
         subject = owner.rpartition(".")[2].removesuffix("Arguments")
@@ -152,7 +176,9 @@ def help_text(kind: RecipeKind, everything: bool) -> str:
 def _option(field: WrittenField) -> str:
     kind = field.type.__name__ if isinstance(field.type, type) else str(field.type).removesuffix(" | None")
     default = "" if field.default in (None, [], "") else f" (default: {field.default})"
-    lines = textwrap.wrap(
-        f"{field.metadata.get('help', '')}{default}", width=WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6
-    )
-    return "\n".join([f"  --{field.name} {kind.replace('typing.', '')}", *lines])
+    lines = _wrapped(f"{field.metadata.get('help', '')}{default}", indent=" " * 6)
+    return f"  --{field.name} {kind.replace('typing.', '')}\n{lines}"
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)

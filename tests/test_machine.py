@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from llmkit.machine import bf16_is_fast, peak_flops
+from llmkit import GPT2Config, GPT2LMHeadModel
+from llmkit.machine import bf16_is_fast, peak_flops, set_up_generation
 
 
 @pytest.mark.parametrize(
@@ -32,3 +33,15 @@ def test_emulated_bfloat16_is_not_fast(monkeypatch):
     assert not bf16_is_fast("cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     assert bf16_is_fast("cuda")
+
+
+@pytest.mark.parametrize(("width", "threads"), [(32, 1), (256, 2)])
+def test_a_small_model_generates_on_one_thread(width, threads):
+    model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_head=2, n_embd=width, vocab_size=200, n_positions=16))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        set_up_generation(model)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import re
+import tomllib
 from functools import cache
 from pathlib import Path
 
@@ -125,3 +126,10 @@ def test_every_private_name_is_listed_with_its_reason():
     )
     without = [name for name in PRIVATE if not re.search(rf"\b{name}\b", explained)]
     assert not without, f"no line `# private: ...` says why llmkit uses {', '.join(without)}"
+
+
+def test_an_installation_has_every_package_and_the_recipes():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    packages = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "llmkit").rglob("__init__.py")}
+    assert set(settings["packages"]) == packages | {"llmkit.recipes"}
+    assert settings["package-dir"] == {"llmkit.recipes": "recipes"}

@@ -8,10 +8,10 @@ from llmkit.errors import UserError
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
-    blame = nouns.add_parser("blame", help="show the documents of a step's batch", allow_abbrev=False)
-    blame.add_argument("run", metavar="RUN", help="the folder of a pretraining run")
-    blame.add_argument("--step", type=int, required=True, help="the step, counted from 1 as in the log")
-    blame.add_argument("--tokens", type=int, default=16, help="tokens to show of each document (default: 16)")
+    blame = nouns.add_parser("blame", help="Show the documents of a step's batch.", allow_abbrev=False)
+    blame.add_argument("run", metavar="RUN", help="The folder of a pretraining run.")
+    blame.add_argument("--step", type=int, required=True, help="The step, counted from 1 as in the log.")
+    blame.add_argument("--tokens", type=int, default=16, help="Show this many tokens of each document (default: 16).")
     blame.set_defaults(command=_blame)
 
 

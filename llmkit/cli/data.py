@@ -21,49 +21,55 @@ CORPUS = ("text_files", "dataset_name", "dataset_config", "dataset_split", "text
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
-    noun = nouns.add_parser("tokenizer", help="make a tokenizer, or see what it does to a text")
+    noun = nouns.add_parser("tokenizer", help="Train a tokenizer, or show a text's tokens.")
     verbs = noun.add_subparsers(metavar="{train,show}", required=True)
-    train = verbs.add_parser("train", help="train a tokenizer on text", allow_abbrev=False)
-    train.add_argument("--output", type=os.path.expanduser, required=True, help="folder for the tokenizer")
+    train = verbs.add_parser("train", help="Train a tokenizer on text.", allow_abbrev=False)
+    train.add_argument("--output", type=os.path.expanduser, required=True, help="The folder for the tokenizer.")
     train.add_argument(
         "--kind",
         choices=("bpe", "character"),
         default="bpe",
-        help="a byte-level BPE (default), or one token a character",
+        help="A byte-level BPE (the default), or a token for each character.",
     )
     train.add_argument(
-        "--vocab_size", type=int, help=f"number of tokens of a BPE (default: {DataArguments.vocab_size})"
+        "--vocab_size", type=int, help=f"The number of tokens of a BPE (default: {DataArguments.vocab_size})."
     )
     train.add_argument(
-        "--max_documents", type=int, help="learn from so many only; a gigabyte of text is plenty (default: all)"
+        "--max_documents",
+        type=int,
+        help="Learn from this many documents only. A gigabyte of text is plenty. (default: all)",
     )
     _add_corpus_flags(train)
     train.set_defaults(command=_train_tokenizer)
 
-    show = verbs.add_parser("show", help="show a text's tokens", allow_abbrev=False)
-    show.add_argument("text", metavar="FILE_OR_TEXT", help="a text file, - for standard input, or the text itself")
-    show.add_argument("--tokenizer", help="folder of a checkpoint, a tokenizer or token shards, or a name on the Hub")
-    show.add_argument("--compare", metavar="TOKENIZER", help="a second one, to put beside it")
-    show.add_argument("--ids", action="store_true", help="a line a token, with its id")
-    show.add_argument("--color", action="store_true", help="colours although the output is not a terminal")
+    show = verbs.add_parser("show", help="Show a text's tokens.", allow_abbrev=False)
+    show.add_argument("text", metavar="FILE_OR_TEXT", help="A text file, - for standard input, or the text itself.")
     show.add_argument(
-        "--html", metavar="FILE", type=os.path.expanduser, help="write a page for a browser, in place of the text"
+        "--tokenizer", help="The folder of a checkpoint, a tokenizer or token shards, or a name on the Hub."
+    )
+    show.add_argument("--compare", metavar="TOKENIZER", help="A second tokenizer, to compare with the first.")
+    show.add_argument("--ids", action="store_true", help="Print a line for each token, with its id.")
+    show.add_argument("--color", action="store_true", help="Print colours even if the output is not a terminal.")
+    show.add_argument(
+        "--html", metavar="FILE", type=os.path.expanduser, help="Write a page for a browser in place of the text."
     )
     show.set_defaults(command=_show_tokens)
 
-    verbs = nouns.add_parser("shards", help="turn text into tokens").add_subparsers(metavar="{prepare}", required=True)
-    prepare = verbs.add_parser("prepare", help="tokenize text into shards for training", allow_abbrev=False)
-    prepare.add_argument("--output", required=True, help="folder for tokenizer and shards")
+    verbs = nouns.add_parser("shards", help="Turn text into token shards.").add_subparsers(
+        metavar="{prepare}", required=True
+    )
+    prepare = verbs.add_parser("prepare", help="Tokenize text into shards for training.", allow_abbrev=False)
+    prepare.add_argument("--output", required=True, help="The folder for tokenizer and shards.")
     _add_corpus_flags(prepare)
     add_fields(prepare, ("tokenizer", "vocab_size", "validation_fraction", "validation_split"))
-    prepare.add_argument("--num_workers", type=int, help="threads that tokenize (default: all cores)")
-    prepare.add_argument("--shard_tokens", type=int, help="tokens in a shard (default: 100_000_000)")
+    prepare.add_argument("--num_workers", type=int, help="The number of threads that tokenize (default: all cores).")
+    prepare.add_argument("--shard_tokens", type=int, help="The number of tokens of a shard (default: 100,000,000).")
     prepare.set_defaults(command=_prepare_shards)
 
 
 def _add_corpus_flags(parser: argparse.ArgumentParser) -> None:
     corpus = parser.add_argument_group(
-        "text", "Without files and without a dataset: the Python standard library's own sources."
+        "text", "Without files and without a dataset, the sources of Python's standard library are taken."
     )
     add_fields(corpus, CORPUS)
 

@@ -18,7 +18,7 @@ def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
     evaluate = nouns.add_parser(
         "eval",
-        help="loss and HellaSwag of checkpoints, side by side",
+        help="Compare checkpoints by loss and HellaSwag.",
         description="Loss, perplexity and bits per byte of the validation data of a checkpoint's run, of other token "
         "shards or of any text, and HellaSwag. Loss and perplexity are per token: between models of different "
         "tokenizers compare bits per byte. `accelerate launch -m llmkit eval` shares the work out over ranks.",
@@ -28,24 +28,34 @@ def add_commands(nouns) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="a run's folder, one of its checkpoints, or a name on the Hub",
+        help="The folder of a run, of one of its checkpoints or of an adapter, or a model's name on the Hub.",
     )
     evaluate.add_argument(
-        "--data_dir", help="token shards (default without other data: those of the checkpoint's run)"
+        "--data_dir", help="The folder of token shards. Without other data, those of the checkpoint's run are taken."
     )
-    evaluate.add_argument("--text_files", nargs="+", help="paths or globs: text, .jsonl, .parquet")
-    evaluate.add_argument("--text_column", default="text", help="the column that holds the text (default: text)")
-    evaluate.add_argument("--hellaswag", metavar="FILE", help="HellaSwag's JSONL file; `hub` reads it from the Hub")
-    evaluate.add_argument("--block_size", type=int, help="tokens in a window (default: the run's, or the context)")
-    evaluate.add_argument("--batch_size", type=int, default=8, help="windows or questions at a time (default: 8)")
+    evaluate.add_argument("--text_files", nargs="+", help="Paths or globs of text, .jsonl or .parquet files.")
+    evaluate.add_argument("--text_column", default="text", help="The column that holds the text (default: text).")
+    evaluate.add_argument(
+        "--hellaswag", metavar="FILE", help="The JSONL file of HellaSwag; `hub` reads it from the Hub."
+    )
+    evaluate.add_argument(
+        "--hellaswag_questions", type=int, help="Ask only this many questions, from the first on (default: all)."
+    )
+    evaluate.add_argument("--base", help="Load an adapter's base model from here, if it has moved since the training.")
+    evaluate.add_argument(
+        "--block_size", type=int, help="The tokens of a window. The default is the run's, or the model's context."
+    )
+    evaluate.add_argument(
+        "--batch_size", type=int, default=8, help="Compute this many windows or questions at a time (default: 8)."
+    )
     evaluate.add_argument(
         "--precision",
         choices=("bf16", "float32"),
-        help="of products (default: bf16 where the machine has it in hardware, as in training)",
+        help="The precision of products. As in training, the default is bf16 on machines that have it in hardware.",
     )
-    evaluate.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    evaluate.add_argument("--json", action="store_true", help="Print JSON in place of a table.")
     evaluate.add_argument(
-        "--output", metavar="FILE", help="write HellaSwag's answers here, one JSON object a question"
+        "--output", metavar="FILE", help="Write the answers to HellaSwag into this file, one JSON object per question."
     )
     evaluate.set_defaults(command=_evaluate)
 
@@ -68,6 +78,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     for name in args.checkpoints:
         load_tokenizer(name)
     rows = load_hellaswag(None if args.hellaswag == "hub" else args.hellaswag) if args.hellaswag else None
+    rows = rows and rows[: args.hellaswag_questions]
     data = [None] * len(args.checkpoints)
     if args.text_files:
         data = [open_corpus(args.text_files, text_column=args.text_column)] * len(args.checkpoints)
@@ -100,6 +111,10 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("data_dir and text_files are both set: set one of them")
     if args.batch_size < 1 or (args.block_size is not None and args.block_size < 1):
         raise UserError("batch_size and block_size have to be 1 or more")
+    if args.hellaswag_questions is not None and not args.hellaswag:
+        raise UserError("hellaswag_questions is for HellaSwag: give --hellaswag as well")
+    if args.hellaswag_questions is not None and args.hellaswag_questions < 1:
+        raise UserError(f"hellaswag_questions={args.hellaswag_questions}: must be at least 1")
     if args.output and not args.hellaswag:
         raise UserError("output is for HellaSwag's answers: give --hellaswag as well, or --json for the figures")
     if args.output and Path(args.output).exists():
@@ -141,7 +156,7 @@ def _evaluate_one(name: str, source, rows: list[dict] | None, args: argparse.Nam
     from llmkit.evaluation.hellaswag import accuracies, encode_hellaswag, ending_losses, results
     from llmkit.inference.generation import context_length, load_for_generation
 
-    model, tokenizer = load_for_generation(name)
+    model, tokenizer = load_for_generation(name, base=args.base)
     if model.device.type != accelerator.device.type:
         model.to(accelerator.device)
     context = context_length(model)

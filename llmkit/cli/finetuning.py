@@ -6,23 +6,43 @@ from pathlib import Path
 from llmkit.console import has_color, say
 from llmkit.errors import UserError
 from llmkit.paths import checkpoint_path, new_path
-from llmkit.recipe_kinds import DPO, SFT, parse_recipe
+from llmkit.recipe_kinds import DPO, SFT, parse_recipe, recipe_path
 
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
-    audit = nouns.add_parser("audit", help="show what a fine-tuning recipe would train", allow_abbrev=False)
-    audit.add_argument("recipe", help="the recipe, such as recipes/sft_qlora.yaml")
-    audit.add_argument("fields", nargs=argparse.REMAINDER, help="any field of the recipe, as --field value")
+    audit = nouns.add_parser(
+        "audit",
+        help="Show what a fine-tuning recipe would train.",
+        description="Print how many tokens of a fine-tuning recipe's conversations are trained, and the first "
+        "conversation with its trained tokens marked. Nothing is trained.",
+        allow_abbrev=False,
+    )
+    audit.add_argument("recipe", help="The recipe's file, or the name of one of llmkit's own, such as sft_qlora.")
+    audit.add_argument(
+        "fields", nargs=argparse.REMAINDER, help="Any field of the recipe, as --field value, at the end."
+    )
     audit.set_defaults(command=_audit)
 
-    merge = nouns.add_parser("merge", help="merge an adapter into a plain checkpoint", allow_abbrev=False)
-    merge.add_argument("adapter", help="the folder of a fine-tuning run or of one of its checkpoints")
-    merge.add_argument("output", help="folder for the merged checkpoint")
-    merge.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the checkpoint (default: bfloat16)"
+    merge = nouns.add_parser(
+        "merge",
+        help="Merge an adapter into a plain checkpoint.",
+        description="Merge an adapter into its base and save a plain checkpoint, which opens without peft. Its "
+        "logits are compared with those of the adapter on its base, and the differences are printed.",
+        allow_abbrev=False,
     )
-    merge.add_argument("--base", help="where the base model is, if it has moved since the training")
+    merge.add_argument(
+        "adapter",
+        help="The folder of a fine-tuning run or of one of its checkpoints, or an adapter's name on the Hub.",
+    )
+    merge.add_argument("output", help="The folder to make for the merged checkpoint.")
+    merge.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="The type of the saved weights (default: bfloat16).",
+    )
+    merge.add_argument("--base", help="Load the base model from here, if it has moved since the training.")
     merge.set_defaults(command=_merge)
 
 
@@ -30,7 +50,7 @@ def _audit(args: argparse.Namespace) -> None:
     if Path(args.recipe).name.startswith(f"{DPO.name}_"):
         _audit_pairs(args)
         return
-    data_args, adapter_args, training_args = parse_recipe(SFT, args.fields, default_config=args.recipe)
+    data_args, adapter_args, training_args = parse_recipe(SFT, args.fields, default_config=recipe_path(args.recipe))
 
     from llmkit.finetuning.adapters import load_chat_tokenizer
     from llmkit.finetuning.audit import Audit, audit, show_tokens
@@ -47,7 +67,7 @@ def _audit(args: argparse.Namespace) -> None:
 
 
 def _audit_pairs(args: argparse.Namespace) -> None:
-    data_args, model_args, training_args = parse_recipe(DPO, args.fields, default_config=args.recipe)
+    data_args, model_args, training_args = parse_recipe(DPO, args.fields, default_config=recipe_path(args.recipe))
 
     from llmkit.finetuning.preference_audit import audit_pairs, show_pair
     from llmkit.finetuning.preferences import encode_pairs, load_pairs

@@ -113,10 +113,12 @@ def _load(args: argparse.Namespace):
     from transformers.utils.logging import disable_progress_bar
 
     from llmkit.inference.generation import load_for_generation
+    from llmkit.machine import set_up_generation
 
     disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
     model, tokenizer = load_for_generation(args.checkpoint, args.quantize, args.base)
+    set_up_generation(model)
     if args.seed is not None:
         torch.manual_seed(args.seed)
     return model, tokenizer

@@ -6,19 +6,21 @@ import sys
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.recipe_kinds import PRETRAIN, parse_recipe
+from llmkit.recipe_kinds import PRETRAIN, parse_recipe, recipe_path
 
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
     plan = nouns.add_parser(
         "plan",
-        help="say what a recipe's run will take",
+        help="Say what a recipe's run will take.",
         description="Print the tokens, floating-point operations, memory, time, cost and disk of a pretraining "
         "recipe's run. Memory is that of the recipe's real step, run without content. Nothing is downloaded.",
         allow_abbrev=False,
     )
-    plan.add_argument("recipe", help="The recipe, such as recipes/pretrain_gpt2_124m.yaml.")
+    plan.add_argument(
+        "recipe", help="The recipe's file, or the name of one of llmkit's own, such as pretrain_gpt2_124m."
+    )
     plan.add_argument(
         "--gpu", help="Words of the GPU's name, such as H200 or 'A100 80GB'. The default is this machine."
     )
@@ -32,7 +34,7 @@ def add_commands(nouns) -> None:
 
     doctor = nouns.add_parser(
         "doctor",
-        help="check whether this machine is set up to train",
+        help="Check whether this machine is set up to train.",
         description="Try what training needs on this machine and print one line for each: ok, warning or error, with "
         "what to do about it. The exit status is 1 if there is an error.",
         allow_abbrev=False,
@@ -53,7 +55,7 @@ def _plan(args: argparse.Namespace) -> None:
     if args.measure and (args.gpu or args.gpus > 1):
         raise UserError("--measure is for this machine with one device: leave out --gpu and --gpus")
 
-    arguments = parse_recipe(PRETRAIN, args.fields, default_config=args.recipe)
+    arguments = parse_recipe(PRETRAIN, args.fields, default_config=recipe_path(args.recipe))
 
     from llmkit.planning.plan import Hardware, plan_pretraining
 

@@ -11,21 +11,29 @@ from llmkit.paths import existing_path
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
     report = nouns.add_parser(
-        "report", help="show one run, or several beside each other, as a page", allow_abbrev=False
+        "report", help="Write a page about a run, or one that compares several runs.", allow_abbrev=False
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="the folder of a run, such as runs/pretrain_quickstart")
+    report.add_argument(
+        "runs", nargs="+", metavar="RUN", help="The folder of a run, such as runs/pretrain_quickstart."
+    )
     report.add_argument(
         "--output", help="The page, or a .png for the loss curve (default: report.html in the first run's folder)."
     )
     report.set_defaults(command=_report)
     runs = nouns.add_parser(
         "runs",
-        help="list all runs in a folder",
+        help="List all runs in a folder.",
         description="List the runs in a folder with their state and last figures, and write index.html there, a page "
         "that links to their reports.",
         allow_abbrev=False,
     )
-    runs.add_argument("folder", nargs="?", default="runs", metavar="FOLDER", help="default: %(default)s")
+    runs.add_argument(
+        "folder",
+        nargs="?",
+        default="runs",
+        metavar="FOLDER",
+        help="The folder that holds the runs (default: %(default)s).",
+    )
     runs.set_defaults(command=_runs)
 
 

@@ -7,16 +7,21 @@ from llmkit.paths import existing_path
 
 def add_commands(nouns) -> None:
     """Add what is here to the command's parser."""
-    push = nouns.add_parser("push", help="share a checkpoint on the Hub, with a model card", allow_abbrev=False)
-    push.add_argument("checkpoint", help="the folder of a run, of one of its checkpoints, or of any saved model")
-    push.add_argument("repository", help="its name on the Hub, such as me/model; made if it is not there")
-    push.add_argument(
-        "--public", action="store_true", help="let everybody see a repository that is made (default: private)"
+    push = nouns.add_parser(
+        "push",
+        help="Share a checkpoint on the Hub.",
+        description="Upload a checkpoint, its tokenizer and a model card to the Hub. A new repository is private.",
+        allow_abbrev=False,
     )
-    push.add_argument("--revision", help="the branch to push to, made if it is not there (default: main)")
-    push.add_argument("--license", help="for the card, as the Hub names it, such as apache-2.0")
-    push.add_argument("--base", help="the base model's name on the Hub, if the adapter was trained on a local folder")
-    push.add_argument("--keep_card", action="store_true", help="leave the card that is on the Hub as it is")
+    push.add_argument("checkpoint", help="The folder of a run, of one of its checkpoints, or of any saved model.")
+    push.add_argument(
+        "repository", help="The name of the repository, such as me/model. It is made if it does not exist."
+    )
+    push.add_argument("--public", action="store_true", help="Let everybody see a repository that is made.")
+    push.add_argument("--revision", help="Push to this branch, which is made if it does not exist (default: main).")
+    push.add_argument("--license", help="The license for the model card, as the Hub names it, such as apache-2.0.")
+    push.add_argument("--base", help="The base model's name on the Hub, if the adapter was trained on a local folder.")
+    push.add_argument("--keep_card", action="store_true", help="Leave the model card that is on the Hub as it is.")
     push.set_defaults(command=_push)
 
 

@@ -6,8 +6,7 @@ import runpy
 import sys
 
 from llmkit.errors import UserError
-from llmkit.paths import existing_path
-from llmkit.recipe_kinds import DPO, PRETRAIN, SFT, RecipeKind, check_recipe
+from llmkit.recipe_kinds import DPO, PRETRAIN, SFT, RecipeKind, check_recipe, recipe_path
 
 
 def add_commands(nouns) -> None:
@@ -31,11 +30,13 @@ def run_recipe(kind: RecipeKind, argv: list[str]) -> None:
     """Run a recipe in this process, or hand it to `accelerate launch` where a launcher's option is given.
 
     Args:
-        argv: the recipe's file, the launcher's options `--config_file` and `--num_processes`, the recipe's fields.
+        argv: the recipe's file or name, the launcher's options `--config_file` and `--num_processes`, and fields of
+            the recipe.
     """
     if not {"-h", "--help"} & set(argv) and (not argv or argv[0].startswith("-")):
+        quickstart = f"{kind.script.removesuffix('.py')}_quickstart"
         raise UserError(
-            f"no recipe: give its file first, as in `llmkit {kind.command} recipes/{kind.name}_quickstart.yaml` "
+            f"no recipe: give its file or name first, as in `llmkit {kind.command} {quickstart}` "
             f"(see llmkit {kind.command} --help)"
         )
     launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -43,9 +44,9 @@ def run_recipe(kind: RecipeKind, argv: list[str]) -> None:
     launcher.add_argument("--num_processes")
     launch, fields = launcher.parse_known_args(argv)
     if not {"-h", "--help"} & set(argv):
-        fields = ["--config", str(existing_path(argv[0])), *fields[1:]]
+        fields = ["--config", str(recipe_path(argv[0])), *fields[1:]]
     check_recipe(kind, fields, default_config="")
-    script = str(kind.script_path())
+    script = str(kind.script_path)
     options = [word for name, value in vars(launch).items() if value for word in (f"--{name}", value)]
     if options:
         os.execv(sys.executable, [sys.executable, "-m", "accelerate.commands.launch", *options, script, *fields])

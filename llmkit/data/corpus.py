@@ -27,6 +27,7 @@ from llmkit.data.readers import TextFile, read_table, rows_of_arrow, table_text_
 from llmkit.data.sample_data import stdlib_sources
 from llmkit.data.tokenizer import split_document
 from llmkit.errors import UserError
+from llmkit.hub_access import ask_hub_once
 
 
 class Corpus(ABC):
@@ -163,6 +164,8 @@ class DatasetCorpus(Corpus):
         self._is_part = whole != [split]
         if streaming and self._is_part:
             raise UserError(f"dataset_split={split}: streaming reads one whole split: set streaming to false")
+        if not os.path.exists(name):
+            ask_hub_once()
         try:
             ReadInstruction.from_spec(split)  # before anything is downloaded
             self._builder = load_dataset_builder(name, config)

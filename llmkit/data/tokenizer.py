@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, 
 
 from llmkit.data.arguments import check_vocab_size
 from llmkit.errors import UserError, reason
+from llmkit.hub_access import ask_hub_once
 from llmkit.paths import local_path
 
 END_OF_TEXT = "<|endoftext|>"
@@ -126,6 +127,8 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
     try:
         if path and _is_vocabulary_alone(path):
             return bpe_from_files(path / "vocab.json", path / "merges.txt")
+        if path is None:
+            ask_hub_once()
         tokenizer = AutoTokenizer.from_pretrained(
             str(path or name_or_path), revision=revision, trust_remote_code=False
         )

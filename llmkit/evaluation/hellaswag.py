@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit.data.tokenizer import document_encoder
 from llmkit.errors import UserError
+from llmkit.hub_access import ask_hub_once
 
 DATASET, SPLIT = "Rowan/hellaswag", "validation"  # 10,042 questions
 IGNORED_ID = 0  # fills up shorter rows; what stands behind a causal model's tokens does not change them
@@ -67,6 +68,7 @@ def load_hellaswag(source: str | None) -> list[dict]:
     else:
         from datasets import load_dataset
 
+        ask_hub_once()
         try:
             rows = [_question(row, DATASET) for row in load_dataset(DATASET, split=SPLIT)]
         except (OSError, ValueError) as error:

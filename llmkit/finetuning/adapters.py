@@ -31,6 +31,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file, extract_comm
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.finetuning.conversations import add_chat_template
+from llmkit.hub_access import ask_hub_once
 from llmkit.paths import expand_homes, local_path
 from llmkit.runs.run import QUANTIZATION_CONFIG
 
@@ -120,6 +121,7 @@ def load_base_config(args: AdapterArguments) -> PreTrainedConfig:
         if Path(args.model).is_dir():
             args.model = os.path.abspath(args.model)
         else:
+            ask_hub_once()
             file = cached_file(args.model, "config.json", revision=args.model_revision)
             args.model_revision = extract_commit_hash(file, None)
         config = AutoConfig.from_pretrained(args.model, revision=args.model_revision, trust_remote_code=False)
@@ -222,6 +224,7 @@ def adapter_folder(adapter: str) -> Path:
     """
     folder = local_path(adapter)
     if folder is None:
+        ask_hub_once()
         try:
             folder = Path(snapshot_download(adapter, allow_patterns=ADAPTER_FILES))
         except (OSError, ValueError) as error:

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from llmkit.data.sample_data import docstring_conversations
 from llmkit.errors import UserError
 from llmkit.finetuning.turns import Ambiguous, Malformed, Messages, check_turns, split_guanaco
+from llmkit.hub_access import ask_hub_once
 from llmkit.model.loss import IGNORE_INDEX
 from llmkit.paths import expand_homes
 
@@ -180,6 +181,8 @@ def read_source(args: SourceArguments, split: str) -> tuple[Iterable[object], st
         rows = [row for path in args.data_files for row in _read_file(path)]
         return rows, ", ".join(Path(path).name for path in args.data_files)
     if args.dataset_name:
+        if not Path(args.dataset_name).exists():
+            ask_hub_once()
         try:
             rows = load_dataset(args.dataset_name, args.dataset_config, split=split)
         except (DatasetsError, ValueError, OSError) as error:

@@ -7,6 +7,7 @@ gives, whatever the architecture.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -22,6 +23,7 @@ from transformers.utils import find_adapter_config_file
 
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
+from llmkit.hub_access import ask_hub_once
 from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
 from llmkit.machine import bf16_is_fast
 from llmkit.paths import checkpoint_path
@@ -49,6 +51,8 @@ def load_for_generation(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = checkpoint_path(checkpoint)
+    if not Path(checkpoint).exists():
+        ask_hub_once()
     adapter = _is_adapter(checkpoint)
     if adapter and quantize:
         raise UserError(

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmkit.errors import UserError
+from llmkit.hub_access import ask_hub_once
 from llmkit.model.configuration_gpt2 import GPT2Config
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 from llmkit.paths import expand_homes
@@ -77,13 +79,17 @@ class ModelArguments:
                 return GPT2Config.from_preset(self.preset or "124M", **shape, **rest)
             if self.preset or shape.keys() - {"n_positions"}:
                 raise UserError("init_from brings its own shape: leave out preset, n_layer, n_head and n_embd")
+            if not Path(self.init_from).exists():
+                ask_hub_once()
             config = GPT2Config.from_pretrained(self.init_from, **rest)
             if self.block_size and self.block_size > config.n_positions:
                 raise UserError(f"block_size={self.block_size} is more than {self.init_from}'s {config.n_positions}")
             return config
         except StrictDataclassError as error:
             raise UserError(str(error.__cause__)) from error
-        except (ValueError, OSError) as error:
+        except OSError as error:
+            raise UserError(f"init_from={self.init_from}: its configuration was not read ({error})") from error
+        except ValueError as error:
             raise UserError(str(error)) from error
 
     def model(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> GPT2LMHeadModel:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-import llmkit
 from llmkit.errors import UserError
+from llmkit.recipe_kinds import RecipeKind
 
 # The curve is smoothed over this part of it to each side: a quarter of a decade, where the test is over five.
 WINDOW = 0.05
@@ -95,8 +95,6 @@ def suggest(steps: list[Step], half_width: int) -> float:
     return next(step.learning_rate for step, loss in zip(finite, smoothed, strict=True) if loss <= limit)
 
 
-# D6: a recipe's file is named after its script.
-SCRIPTS = {"pretrain": "pretrain.py", "sft": "sft_qlora.py"}
 # What makes any recipe a test that leaves nothing behind but its log.
 TEST = {"lr_schedule": "range_test", "warmup_steps": "0", "min_lr_ratio": "0", "decay_until_step": "null"}
 TEST |= {"logging_strategy": "steps", "logging_steps": "1", "report_to": "none", "sample_prompts": "null"}
@@ -110,35 +108,18 @@ TEST_OF_KIND = {
 }
 
 
-def find_script(config: Path, kind: str) -> Path:
-    """The script that a recipe's file is for: beside it, in ./recipes, or in llmkit's checkout.
-
-    Raises:
-        UserError: it is in none of them.
-    """
-    places = [config.parent, Path("recipes"), Path(llmkit.__file__).parents[1] / "recipes"]
-    for place in places:
-        if (script := place / SCRIPTS[kind]).is_file():
-            return script
-    raise UserError(
-        f"config={config}: its script {SCRIPTS[kind]} is not beside it and not in ./recipes: run this in a checkout "
-        "of llmkit, or copy the script"
-    )
-
-
-def run_recipe(config: Path, kind: str, fields: list[str], test: dict[str, object]) -> None:
+def run_recipe(config: Path, kind: RecipeKind, fields: list[str], test: dict[str, object]) -> None:
     """Run a recipe's script in this process as a range test.
 
     Args:
         fields: of the command line, which win over the file.
         test: what wins over both: the length of the test, its learning rates and its folder.
     """
-    script = find_script(config, kind)
-    flags = [f"--{name}={value}" for name, value in (TEST | TEST_OF_KIND[kind] | test).items()]
+    flags = [f"--{name}={value}" for name, value in (TEST | TEST_OF_KIND[kind.name] | test).items()]
     before = sys.argv
-    sys.argv = [str(script), "--config", str(config), *fields, *flags]
+    sys.argv = [str(kind.script_path), "--config", str(config), *fields, *flags]
     try:
-        runpy.run_path(str(script), run_name="__main__")
+        runpy.run_path(str(kind.script_path), run_name="__main__")
     finally:
         sys.argv = before
 

@@ -119,7 +119,7 @@ def test_no_command_runs_or_asks(command, folders, tmp_path, monkeypatch, capsys
 
 
 def test_a_known_model_with_its_own_generate_is_run_with_ours(folders, monkeypatch, capsys):
-    run(["generate", str(folders["good"]), "hello", "--max_new_tokens", "2"], monkeypatch)
+    run(["generate", str(folders["good"]), "hello", "--max_new_tokens", "2", "--seed", "0"], monkeypatch)
     assert "2 tokens" in capsys.readouterr().err and not folders["marker"].exists()
 
 

@@ -123,7 +123,7 @@ def test_the_table_has_a_row_a_checkpoint_and_says_what_was_measured(run, questi
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{tmp}"], "tokenizer {tmp}: this folder holds no tokenizer"),
+        (["{tmp}"], "{tmp}: no checkpoint in this folder"),
         (["{bare}"], "no record of a pretraining run"),
         (["{run}", "--data_dir", "{tmp}"], "manifest.json is missing"),
         (["{run}", "--data_dir", "{tmp}", "--text_files", "x"], "data_dir and text_files are both set"),
@@ -131,6 +131,9 @@ def test_the_table_has_a_row_a_checkpoint_and_says_what_was_measured(run, questi
         (["{run}", "--text_files", "{questions}", "--text_column", "ctx", "--block_size", "33"], "block_size=33"),
         (["{run}", "--hellaswag", "{tmp}/none.jsonl"], "no such file"),
         (["{run}", "--output", "{tmp}/o.jsonl"], "give --hellaswag as well"),
+        (["{run}", "--hellaswag_questions", "3"], "give --hellaswag as well"),
+        (["{run}", "--hellaswag", "{questions}", "--hellaswag_questions", "0"], "must be at least 1"),
+        (["{run}", "--base", "{run}"], "only adapters have a base"),
         (["{run}", "--hellaswag", "{questions}", "--output", "{questions}"], "is there already"),
         (["{run}", "--hellaswag", "{questions}", "--output", "{tmp}/no/o.jsonl"], "its folder does not exist"),
         (["{run}", "--batch_size", "0"], "batch_size"),
