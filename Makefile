@@ -1,6 +1,6 @@
 # make demo    train a small GPT-2 on this machine, some minutes on 2 CPU cores
 # make test    run the tests
-# make lint    check style
+# make lint    check style and types
 # make bench   measure training, fine-tuning and data beside what else there is: 20 minutes on 2 CPU cores
 # make docs    bring docs/ up to date with the code: its line numbers, and the reference of all keys
 # make chaos   kill runs 200 times and compare what comes out: half an hour or more on 2 CPU cores
@@ -36,6 +36,7 @@ test: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check
 
 docs: install
 	$(BIN)/python docs/build.py

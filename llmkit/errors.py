@@ -76,7 +76,7 @@ def _exit(message: str, of_one_rank: bool = False) -> NoReturn:
 
 def _wrong_path(error: Exception) -> str | None:
     """The line to print if a file stands where a folder should be, or the like."""
-    if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename is not None:
+    if isinstance(error, OSError) and error.errno in WRONG_PATH and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}: give another path"
     return None
 

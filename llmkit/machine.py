@@ -82,7 +82,7 @@ def set_up_cpu() -> None:
     """Let torch train on this rank's share of the cores, and keep the memory that it frees for the next step."""
     # `accelerate launch` leaves a rank one thread where it is not told how many.
     if torch.get_num_threads() == 1:
-        cores = len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count()
+        cores = len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count() or 1
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     # glibc returns large blocks to the system when they are freed, and each step then waits for the same pages to be
     # zeroed again: 10 to 25% of a step's time, measured at 4 x 384 / V 4,096 and 6 x 384 / V 50,257.
@@ -116,7 +116,7 @@ def set_up(args: "TrainingArguments") -> None:
     logging.getLogger("transformers.modeling_utils").addFilter(
         lambda record: "pass in an `attention_mask`" not in str(record.msg)
     )
-    if "wandb" in args.report_to:
+    if "wandb" in (args.report_to or ()):
         set_up_wandb()
 
 

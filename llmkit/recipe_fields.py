@@ -49,7 +49,7 @@ def written_fields(dotted: str) -> tuple[WrittenField, ...]:
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    here = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    here = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
     fields: dict[str, WrittenField] = {}
     for base in reversed(here[name].bases):
         base = ast.unparse(base)
@@ -57,6 +57,7 @@ def written_fields(dotted: str) -> tuple[WrittenField, ...]:
             fields[inherited.name] = inherited
     for node in here[name].body:
         if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
+            assert isinstance(node.target, ast.Name), "in the body of a class"
             default, metadata = _default_and_metadata(node.value)
             annotation = eval(ast.unparse(node.annotation), _Names())
             field = WrittenField(node.target.id, annotation, default, metadata, f"{module}.{name}")
@@ -69,9 +70,12 @@ def written_dataclass(dotted: str) -> type:
     """A dataclass with the fields of `module.Class`, for an argument parser; it has none of its checks."""
     fields = []
     for written in written_fields(dotted):
-        is_mutable = isinstance(written.default, list | dict)
-        default = {"default_factory": written.default.copy} if is_mutable else {"default": written.default}
-        fields.append((written.name, written.type, dataclasses.field(**default, metadata=written.metadata)))
+        value = written.default
+        if isinstance(value, list | dict):
+            field = dataclasses.field(default_factory=value.copy, metadata=written.metadata)
+        else:
+            field = dataclasses.field(default=value, metadata=written.metadata)
+        fields.append((written.name, written.type, field))
     return dataclasses.make_dataclass(dotted.rpartition(".")[2], fields)
 
 
@@ -83,7 +87,9 @@ def _parse(module: str) -> ast.Module:
 def _source(module: str) -> Path:
     """The file of a module. Only `find_spec` of a top-level package imports nothing."""
     package, *parts = module.split(".")
-    path = Path(importlib.util.find_spec(package).submodule_search_locations[0], *parts)
+    spec = importlib.util.find_spec(package)
+    assert spec and spec.submodule_search_locations, "an installed package"
+    path = Path(spec.submodule_search_locations[0], *parts)
     return path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
 
 

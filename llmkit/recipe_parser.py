@@ -122,12 +122,13 @@ def _key(text: str) -> str | None:
 def _without_nulls(argv: list[str]) -> tuple[list[str], set[str]]:
     """The command line without `--key null` and `--key=null`, and the keys that these clear."""
     kept: list[str] = []
-    cleared = set()
+    cleared: set[str] = set()
     for text in argv:
-        if text == "null" and kept and _key(kept[-1]) and "=" not in kept[-1]:
-            cleared.add(_key(kept.pop()))
-        elif text.startswith("--") and text.endswith("=null"):
-            cleared.add(_key(text))
+        if text == "null" and kept and (key := _key(kept[-1])) and "=" not in kept[-1]:
+            kept.pop()
+            cleared.add(key)
+        elif (key := _key(text)) is not None and text.endswith("=null"):
+            cleared.add(key)
         else:
             kept.append(text)
     return kept, cleared

@@ -44,6 +44,7 @@ def _blame(args: argparse.Namespace) -> None:
     )
     seed = settings["seed"] if settings["data_seed"] is None else settings["data_seed"]
     sampler = WindowBatchSampler(len(windows), batches, seed)
+    assert manifest.directory is not None, "read from there"
     own = manifest.directory / TOKENIZER  # of shards that brought their own
     tokenizer = load_tokenizer(str(own if own.is_dir() else _saved(Path(args.run))))
     for number, place in enumerate(batches.places(args.step)):

@@ -55,13 +55,13 @@ def _plan(args: argparse.Namespace) -> None:
     if args.measure and (args.gpu or args.gpus > 1):
         raise UserError("--measure is for this machine with one device: leave out --gpu and --gpus")
 
-    arguments = parse_recipe(PRETRAIN, args.fields, default_config=recipe_path(args.recipe))
+    data_args, model_args, training_args = parse_recipe(PRETRAIN, args.fields, default_config=recipe_path(args.recipe))
 
     from llmkit.planning.plan import Hardware, plan_pretraining
 
     hardware = Hardware.of(args.gpu, args.gpus)
     how = {"mfu": args.mfu, "dollars_per_hour": args.dollars_per_hour, "measure": args.measure}
-    plan = plan_pretraining(*arguments, hardware, **how)
+    plan = plan_pretraining(data_args, model_args, training_args, hardware, **how)
     print(json.dumps(plan.as_dict(), indent=2) if args.json else plan.table())
 
 

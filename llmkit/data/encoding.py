@@ -14,6 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -29,7 +30,8 @@ GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|
 SEPARATOR = "\U0010ffff"
 
 Encode = Callable[[list[str]], list[np.ndarray]]
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def token_dtype(tokenizer: PreTrainedTokenizerBase) -> np.dtype:
@@ -62,7 +64,7 @@ def fastest_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Encode, bool]:
         ends = np.flatnonzero(ids == end) + 1
         return _cut(ids.astype(dtype), ends) if len(ends) == len(texts) else encode(texts)  # a text has a separator
 
-    def encode_characters(texts: list[str]) -> list[np.ndarray]:
+    def encode_characters(table: np.ndarray, texts: list[str]) -> list[np.ndarray]:
         ids = table[np.frombuffer("".join(texts).encode("utf-32-le"), dtype="<u4")]
         lengths = np.array([len(text) for text in texts])
         return _cut(np.insert(ids, np.cumsum(lengths), end), np.cumsum(lengths + 1))
@@ -71,7 +73,7 @@ def fastest_encoder(tokenizer: PreTrainedTokenizerBase) -> tuple[Encode, bool]:
         engine = _ThreadEngine(ranks, {SEPARATOR: end})
         return encode_bpe, True
     if (table := _character_table(state, dtype)) is not None:
-        return encode_characters, True
+        return partial(encode_characters, table), True
     return encode, False
 
 

@@ -187,7 +187,7 @@ def _remote_files(pattern: str) -> tuple[list[str], bool]:
         matches = fs.find(path) if is_folder else [match for match in fs.glob(path) if fs.isfile(match)]
         if not matches:
             raise UserError(f"text_files: there is no file at {pattern}: check the address")
-        return [fs.unstrip_protocol(match) for match in matches], is_folder
+        return [fs.unstrip_protocol(str(match)) for match in matches], is_folder
 
 
 def _problem(file: str) -> str | None:

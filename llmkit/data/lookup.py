@@ -8,6 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.token_view import printable
+from llmkit.data.tokenizer import decode
 from llmkit.data.windows import TokenWindows
 
 WORDS = 16  # tokens that are shown of a document
@@ -40,7 +41,7 @@ def documents_of(
         ids = windows._array(shard)
         start = _after_last(ids[: first - begin], windows.pad_id)
         length = _until_next(ids[start:], windows.pad_id)
-        text = tokenizer.decode(ids[start : start + min(length, tokens)].astype(np.int64))
+        text = decode(tokenizer, ids[start : start + min(length, tokens)].astype(np.int64))
         yield Document(windows.files[shard].name, start, printable(text.encode()))
         first = begin + start + length
         assert first <= end

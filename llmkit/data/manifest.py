@@ -125,6 +125,7 @@ class Manifest:
         """Write `manifest.json`, which makes the folder a dataset."""
         fields = asdict(self)
         del fields["directory"]  # so that folders can be moved
+        assert self.directory is not None, "tokens in memory are not saved"
         write_json(self.directory / MANIFEST, fields)
 
 
@@ -150,7 +151,7 @@ def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | No
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         splits = {
-            name: Split(**{**split, "shards": [Shard(**shard) for shard in split["shards"]]})
+            name: Split(**split | {"shards": [Shard(**shard) for shard in split["shards"]]})
             for name, split in fields.pop("splits").items()
         }
         manifest = Manifest(directory=directory, splits=splits, **fields)

@@ -26,7 +26,7 @@ TOKENIZER_TRAINING_CHARACTERS = 300_000_000
 SOURCE, TOKENIZER = "source.json", "tokenizer"
 
 
-def prepare_pretraining_data(args: DataArguments, **how: int | None) -> tuple[PreTrainedTokenizerBase, Manifest]:
+def prepare_pretraining_data(args: DataArguments, **how: int) -> tuple[PreTrainedTokenizerBase, Manifest]:
     """Train or load the tokenizer, and tokenize the corpus, where that is not done yet.
 
     Safe to call from several ranks or runs at once: a lock in the folder lets one work, and the others wait for it.
@@ -55,16 +55,17 @@ def prepare_pretraining_data(args: DataArguments, **how: int | None) -> tuple[Pr
     directory = Path(args.data_dir or default_data_dir(args, corpus))
     _check_folder(directory)
     with _new_or_removed(directory):
-        trained = _write_source_once(args, corpus, directory)
+        tokenizer = _write_source_once(args, corpus, directory) or tokenizer
+        assert tokenizer is not None, "trained just now, or loaded"
         manifest = prepare_shards(
             corpus,
-            tokenizer or trained,
+            tokenizer,
             directory,
             validation_fraction=args.validation_fraction,
             validation_split=args.validation_split,
             **how,
         )
-    return tokenizer or trained, manifest
+    return tokenizer, manifest
 
 
 def _is_elsewhere(args: DataArguments) -> bool:

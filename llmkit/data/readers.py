@@ -170,7 +170,8 @@ def table_text_bytes(file: str, text_column: str) -> int:
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
         return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
     # From the start: how far the file is compressed, and how much of its lines is text.
-    with reading(file), open(file, "rb") as raw, compr[infer_compression(file)](raw, mode="rb") as content:
+    unpack = compr[infer_compression(file)]  # pyrefly: ignore[bad-index]  fsspec's table is typed by its first key
+    with reading(file), open(file, "rb") as raw, unpack(raw, mode="rb") as content:
         sample = content.read(_MIB)
         unpacked = len(sample)
         while raw.tell() < _MIB and (more := content.read(_MIB)):

@@ -69,13 +69,13 @@ class Segmentation:
 
 def segment(text: str, tokenizer: PreTrainedTokenizerBase, name: str) -> Segmentation:
     """The text as training reads it: no special tokens are added, and the text of one is ordinary text."""
-    encoding = document_encoder(tokenizer).encode(text)
+    encoding, unknown = document_encoder(tokenizer).encode(text), unknown_token_id(tokenizer)
     return Segmentation(
         name=name,
         vocabulary=len(tokenizer),
         tokens=[Token(*pair) for pair in zip(encoding.ids, _texts(text, encoding, tokenizer), strict=True)],
         num_bytes=len(text.encode()),
-        unknown=encoding.ids.count(unknown_token_id(tokenizer)),
+        unknown=sum(token == unknown for token in encoding.ids),
     )
 
 

@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -60,7 +60,7 @@ def train_bpe_tokenizer(documents: Iterable[str], vocab_size: int) -> PreTrained
     return tokenizer
 
 
-def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+def byte_level_bpe(vocab: dict[str, int], merges: Sequence[tuple[str, ...]]) -> PreTrainedTokenizerFast:
     """A byte-level BPE with GPT-2's pre-tokenization from a vocabulary and its merges, most frequent first.
 
     `<|endoftext|>` is beginning and end of text, and gets the next free id if the vocabulary lacks it.
@@ -69,7 +69,7 @@ def byte_level_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> PreT
     # and every tool that reads GPT-2 checkpoints, knows.
     return GPT2Tokenizer(
         vocab=vocab if END_OF_TEXT in vocab else {**vocab, END_OF_TEXT: len(vocab)},
-        merges=merges,
+        merges=merges,  # pyrefly: ignore[bad-argument-type]  it takes pairs, and says that it takes texts
         clean_up_tokenization_spaces=False,
     )
 
@@ -136,7 +136,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         place = "this folder holds no tokenizer" if path else "not a folder here, and not read from the Hub"
         raise UserError(f"tokenizer {name_or_path}: {place} ({reason(error)})") from error
     # By a GPT-2's config.json AutoTokenizer makes one without any token where its files are not there.
-    if not tokenizer("a")["input_ids"]:
+    if tokenizer is None or not tokenizer("a")["input_ids"]:
         raise UserError(f"tokenizer {name_or_path}: no tokenizer's files there: copy those that belong to the model")
     if not tokenizer.is_fast:
         raise UserError(f"tokenizer {name_or_path}: it has no fast version (tokenizer.json); choose one that has")
@@ -146,6 +146,13 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
             "choose one that has, or set eos_token in its tokenizer_config.json"
         )
     return tokenizer
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids, **how: bool) -> str:
+    """The text of one list, array or tensor of ids; `tokenizer.decode` also takes several, and gives a list then."""
+    text = tokenizer.decode(ids, **how)
+    assert isinstance(text, str)
+    return text
 
 
 def document_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:

@@ -8,8 +8,9 @@ windows of an optimizer step are the same at any world size, and resuming at a s
 import bisect
 import copy
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.encoding import token_dtype
 from llmkit.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
-from llmkit.data.tokenizer import tokenizer_fingerprint
+from llmkit.data.tokenizer import decode, tokenizer_fingerprint
 from llmkit.errors import UserError
 
 IGNORED = -100  # the label that losses leave out
@@ -118,7 +119,7 @@ class TokenWindows(Dataset):
         prompts: dict[str, None] = {}
         ids = self._read(0, 1 << 16)
         for document in np.split(ids, np.flatnonzero(ids == self.pad_id) + 1):
-            text = tokenizer.decode(document[document != self.pad_id][:length]).rstrip("\ufffd")  # half a character
+            text = decode(tokenizer, document[document != self.pad_id][:length]).rstrip("\ufffd")  # half a character
             if text.strip() and len(prompts) < count:
                 prompts[text] = None
         return list(prompts)
@@ -204,7 +205,7 @@ def _check_ids(split: str, ids: Sequence[int] | np.ndarray, tokenizer: PreTraine
 def _in_memory(split: str, ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> Split:
     ends = np.flatnonzero(ids == tokenizer.eos_token_id)
     documents = [document[document != tokenizer.eos_token_id] for document in np.split(ids, ends + 1)]
-    num_bytes = sum(len(tokenizer.decode(document).encode()) for document in documents)
+    num_bytes = sum(len(decode(tokenizer, document).encode()) for document in documents)
     checksum = xxhash.xxh3_64_hexdigest(ids.data)
     count = sum(document.size > 0 for document in documents)
     return Split.of([Shard(split, tokens=len(ids), documents=count, bytes=num_bytes, xxh3_64=checksum)])
@@ -213,6 +214,10 @@ def _in_memory(split: str, ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) 
 def collate_windows(windows: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A DataLoader's `collate_fn`: `TokenWindows` gives batches ready made, other datasets give lists of windows."""
     return windows if isinstance(windows, dict) else default_collate(windows)
+
+
+class BatchSizes(Sized, Iterable[int], Protocol):
+    """Sizes of batches, in their order."""
 
 
 class WindowBatchSampler(Sampler[list[int]]):
@@ -228,7 +233,7 @@ class WindowBatchSampler(Sampler[list[int]]):
 
     drop_last = False  # read by accelerate's BatchSamplerShard, which lets batches without a `batch_size` vary
 
-    def __init__(self, num_windows: int, batch_sizes: Collection[int], seed: int):
+    def __init__(self, num_windows: int, batch_sizes: BatchSizes, seed: int):
         assert num_windows > 0, "a sampler without windows never fills a batch"
         self.num_windows, self.batch_sizes, self.seed = num_windows, batch_sizes, seed
 

@@ -80,8 +80,8 @@ def load_hellaswag(source: str | None) -> list[dict]:
     return rows
 
 
-def _question(row: dict | str, place: str) -> dict:
-    """One question, from the file or the Hub, where labels are strings."""
+def _question(row, place: str) -> dict:
+    """One question: a line of the file, or a row from the Hub, where labels are strings."""
     try:
         row = json.loads(row) if isinstance(row, str) else row
         context = row["ctx"] if "ctx" in row else f"{row['ctx_a']} {row['ctx_b']}".strip()

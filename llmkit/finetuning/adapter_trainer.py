@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmkit.data.tokenizer import decode
 from llmkit.finetuning.adapters import context_length
 from llmkit.runs.record import run_record
 from llmkit.runs.run import QUANTIZATION_CONFIG
@@ -38,6 +39,9 @@ class AdapterTrainer(ExactTrainer):
         **others: those of the TRL trainer.
     """
 
+    eval_dataset: Dataset
+    processing_class: PreTrainedTokenizerBase
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -57,6 +61,7 @@ class AdapterTrainer(ExactTrainer):
         rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         decisive = decisive_length(args) | {factors: rows} | (decisive or {})
         base = model.get_base_model() if isinstance(model, PeftModel) else model
+        assert isinstance(base, PreTrainedModel)
         super().__init__(
             model,
             args,
@@ -100,16 +105,19 @@ class AdapterTrainer(ExactTrainer):
 
     def describe_micro_batch(self, step: int, rank: int, micro_batch: int) -> str:
         ids = self.micro_batches[micro_batch]["input_ids"]
-        return "conversations that begin " + ", ".join(repr(self.processing_class.decode(row[:24])) for row in ids[:3])
+        return "conversations that begin " + ", ".join(
+            repr(decode(self.processing_class, row[:24])) for row in ids[:3]
+        )
 
-    def get_eval_dataloader(self, eval_dataset: Dataset | None = None):
+    def get_eval_dataloader(self, eval_dataset=None):
         """Filled up with rows that have no targets, so that ranks get equally many and no row counts twice."""
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        dataset: Dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         missing = -len(dataset) % (self.args.per_device_eval_batch_size * self.args.world_size)
         if missing:
             row = dataset[0]
             filler = Dataset.from_list([row | self.without_targets(row)], features=dataset.features)
             dataset = concatenate_datasets([dataset] + [filler] * missing)
+        # pyrefly: ignore[bad-argument-type]  Trainer takes these datasets too, and says so of its other arguments
         return super().get_eval_dataloader(dataset)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -133,13 +141,16 @@ class AdapterTrainer(ExactTrainer):
 def as_prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The question as the model is asked it, up to where its answer begins."""
     messages = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert isinstance(prompt, str)
+    return prompt
 
 
 def fingerprint(rows: Dataset) -> str:
     """A hash of all token ids and labels: what must not change when a run is resumed."""
     digest = hashlib.sha256()
     for batch in rows.with_format("numpy").iter(batch_size=1000):
+        assert isinstance(batch, dict)
         for column in rows.column_names:
             digest.update(np.concatenate(batch[column]).astype(np.int32).tobytes())
     return digest.hexdigest()[:16]

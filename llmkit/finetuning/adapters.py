@@ -1,8 +1,8 @@
 """LoRA adapters on a quantized base: load the base, put an adapter on it, say what is trained, show what it costs."""
 
 import json
-import math
 import os
+import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -145,9 +145,9 @@ def check_not_quantized(base: str, config: PreTrainedConfig) -> None:
         )
 
 
-def context_length(config: PreTrainedConfig) -> int | float:
-    """The most tokens that a model reads; infinite where nothing limits it, as with Bloom's ALiBi."""
-    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", math.inf))  # the latter: MPT
+def context_length(config: PreTrainedConfig) -> int:
+    """The most tokens that a model reads; `sys.maxsize` where nothing limits it, as with Bloom's ALiBi."""
+    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", sys.maxsize))  # the latter: MPT
 
 
 def load_chat_tokenizer(args: AdapterArguments) -> PreTrainedTokenizerBase:
@@ -226,7 +226,7 @@ def adapter_folder(adapter: str) -> Path:
     if folder is None:
         ask_hub_once()
         try:
-            folder = Path(snapshot_download(adapter, allow_patterns=ADAPTER_FILES))
+            folder = Path(snapshot_download(adapter, allow_patterns=[*ADAPTER_FILES]))
         except (OSError, ValueError) as error:
             raise UserError(f"{adapter}: no folder here, and not read from the Hub ({error})") from error
     if not (folder / CONFIG_NAME).exists():
@@ -320,8 +320,9 @@ def dtype_ledger(model: torch.nn.Module) -> str:
         size = count * parameter.element_size()
         if isinstance(parameter, Params4bit):
             state = parameter.quant_state
+            assert state is not None and state.shape is not None, "quantized when it was loaded"
             kind, count = "nf4", state.shape.numel()
-            nested = state.state2.absmax.nbytes if state.nested else 0
+            nested = state.state2.absmax.nbytes if state.state2 is not None else 0
             size += state.absmax.nbytes + nested
         row = rows[kind, "trained" if parameter.requires_grad else "frozen"]
         row[0] += count

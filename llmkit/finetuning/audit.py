@@ -7,6 +7,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.console import shown
+from llmkit.data.tokenizer import decode
 from llmkit.errors import UserError
 from llmkit.finetuning.conversations import Conversations
 from llmkit.model.loss import IGNORE_INDEX
@@ -134,9 +135,9 @@ def _pieces(row: dict, tokenizer: PreTrainedTokenizerBase):
     pending: list[int] = []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         pending.append(token)
-        text = tokenizer.decode(pending, clean_up_tokenization_spaces=False)
+        text = decode(tokenizer, pending, clean_up_tokenization_spaces=False)
         if "\ufffd" not in text:
             yield text, label
             pending = []
     if pending:
-        yield text, label
+        yield decode(tokenizer, pending, clean_up_tokenization_spaces=False), row["labels"][-1]

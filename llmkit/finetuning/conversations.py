@@ -12,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from fsspec.core import url_to_fs
 from jinja2 import TemplateError
 from pyarrow import parquet
-from transformers import PreTrainedTokenizerBase
+from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from llmkit.data.sample_data import docstring_conversations
 from llmkit.errors import UserError
@@ -110,7 +110,7 @@ class Conversations:
             reasons = "; ".join(f"{count} rows: {why}" for why, count in self.malformed.most_common())
             raise UserError(f"{self.description}: not one {self.NOUN} ({reasons or 'no rows'})")
 
-    def add(self, row: object, parse: Callable[[dict], Messages]) -> None:
+    def add(self, row: object, parse: Callable[[dict], Any]) -> None:
         """Parse one row; where it is no conversation, count it by its reason."""
         try:
             if not isinstance(row, dict):
@@ -137,9 +137,10 @@ def load_conversations(args: ConversationArguments) -> tuple[Conversations, Conv
     return hold_out(train, args.validation_fraction)
 
 
-def hold_out(
-    conversations: Conversations, fraction: float, group: Callable[[object], str] | None = None
-) -> tuple[Conversations, Conversations]:
+C = TypeVar("C", bound=Conversations)
+
+
+def hold_out(conversations: C, fraction: float, group: Callable[[Any], str] | None = None) -> tuple[C, C]:
     """Split off a fraction of the conversations, evenly spaced: the same ones on every machine, and from all parts of
     a source that is sorted in some way. What was malformed stays with the first part.
 
@@ -257,7 +258,7 @@ def as_messages(value: object, role: str) -> Messages:
     return value
 
 
-def read_rows(rows: Iterable[object], parse: Callable[[dict], object], into: Conversations) -> Conversations:
+def read_rows(rows: Iterable[object], parse: Callable[[dict], object], into: C) -> C:
     """Add the rows to `into`; those that are no conversations are counted by reason.
 
     Raises:
@@ -311,14 +312,16 @@ def encode(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> dict[str, 
 
 def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = False) -> list[int]:
     try:
-        return tokenizer.apply_chat_template(
+        encoded = tokenizer.apply_chat_template(
             messages,
             add_generation_prompt=add_generation_prompt,
             return_dict=True,
             tokenizer_kwargs={"verbose": False},  # long ones are cut later, which the audit counts
-        )["input_ids"]
+        )
     except TemplateError as error:
         raise Malformed(f"the chat template refuses the conversation ({error})") from error
+    assert isinstance(encoded, BatchEncoding), "with return_dict"
+    return encoded["input_ids"]
 
 
 def encode_all(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from bitsandbytes.functional import dequantize_4bit
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
@@ -92,6 +92,8 @@ def merge_adapter(adapter: str, output: str, dtype: torch.dtype, base: str | Non
     folder = adapter_folder(adapter)
     config = adapter_config(folder)
     place, revision = base or config.base_model_name_or_path, None if base else config.revision
+    if place is None:
+        raise UserError(f"{adapter}: its configuration does not name its base: set --base")
     tokenizer = load_tokenizer(str(folder))
     try:
         base_config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
@@ -127,7 +129,9 @@ def _save(
             trust_remote_code=False,
             use_safetensors=True,
         )
-        rows = gate_rows(tokenizer, reference.config, trained_tokens(reference.peft_config["default"]))
+        lora = reference.peft_config["default"]
+        assert isinstance(lora, LoraConfig), "as `adapter_config` has it"
+        rows = gate_rows(tokenizer, reference.config, trained_tokens(lora))
         comparison = compare(reference, saved, rows)
         if not comparison.within_bounds:
             raise UserError(
@@ -164,7 +168,9 @@ def _merge(reference: PeftModel, folder: Path, base: str, revision: str | None, 
     for name, module in merged.named_modules():
         if isinstance(module, BaseTunerLayer):
             layer = module.get_base_layer().float()
-            _dequantize(trained_on[name].get_base_layer(), layer)
+            source = trained_on[name]
+            assert isinstance(source, BaseTunerLayer), "the same adapter"
+            _dequantize(source.get_base_layer(), layer)
             try:
                 module.merge()
             except RuntimeError as error:
@@ -183,9 +189,10 @@ def _merge(reference: PeftModel, folder: Path, base: str, revision: str | None, 
 def _dequantize(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """Give a plain layer the weights of a layer in 4 bits, if `source` is one."""
     if isinstance(source, Linear4bit):
+        assert isinstance(source.weight, Params4bit)
         weight = dequantize_4bit(source.weight.data, source.weight.quant_state)
         # GPT-2's own layers hold (in, out); in 4 bits they became (out, in) like all others.
-        target.weight.copy_(weight.t() if isinstance(target, Conv1D) else weight)
+        target.get_parameter("weight").copy_(weight.t() if isinstance(target, Conv1D) else weight)
 
 
 def gate_rows(
@@ -196,7 +203,7 @@ def gate_rows(
     rows = [_gate_row(text, tokenizer) for text in texts]
     if tokens:
         rows.append({"input_ids": tokens, "labels": [IGNORE_INDEX] * len(tokens)})
-    context = int(min(context_length(config), LONGEST_ROW))
+    context = min(context_length(config), LONGEST_ROW)
     return [{key: values[:context] for key, values in row.items()} for row in rows]
 
 

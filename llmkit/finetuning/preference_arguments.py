@@ -38,7 +38,7 @@ OF_ANY_DIVERGENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "rob
 class DPOArguments(RunArguments, DPOConfig):
     """DPOConfig with what the machine is good for chosen by itself, samples, and an alarm."""
 
-    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = RunArguments.REPLACES | {"loss_type": ("loss_weights",)}
+    REPLACES: ClassVar[Mapping[str, tuple[str, ...]]] = {**RunArguments.REPLACES, "loss_type": ("loss_weights",)}
     DECISIVE: ClassVar[set[str]] = {
         "beta",
         "dataloader_drop_last",
@@ -169,7 +169,11 @@ class PreferenceModelArguments(AdapterArguments):
             return
         folder = adapter_folder(self.adapter)
         config = adapter_config(folder)
-        own = {"lora_r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout}
+        own: dict[str, object] = {
+            "lora_r": config.r,
+            "lora_alpha": config.lora_alpha,
+            "lora_dropout": config.lora_dropout,
+        }
         own["quantization"] = _quantization(folder)
         for name, value in own.items():
             given, default = getattr(self, name), AdapterArguments.__dataclass_fields__[name].default
@@ -191,6 +195,7 @@ class PreferenceModelArguments(AdapterArguments):
 
     def put_adapter(self, base: PreTrainedModel) -> PeftModel:
         """The base with the SFT adapter on it, which is to be trained."""
+        assert self.adapter is not None
         folder = adapter_folder(self.adapter)
         model = put_on(base, folder, adapter_config(folder))
         model.set_adapter("default")  # PEFT has frozen it

@@ -94,6 +94,7 @@ def audit_pairs(pairs: Pairs, rows: Dataset, tokenizer: PreTrainedTokenizerBase,
     longest = nothing = 0
     cut = {"chosen": 0, "rejected": 0}
     for row in rows:
+        assert isinstance(row, dict)
         prompt = row["prompt_ids"]
         room = max(0, max_length - len(prompt))
         kept["prompt"].append(prompt[:max_length])

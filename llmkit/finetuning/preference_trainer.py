@@ -42,6 +42,10 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
         source: the dataclasses that say where data and model came from, for the run's record.
     """
 
+    args: DPOArguments
+    model: PeftModel
+    eval_dataset: Dataset
+
     def __init__(
         self,
         model: PreTrainedModel | PeftModel,
@@ -82,6 +86,7 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
                     parameter.data = copy.data.clone()
 
     # private: TRL would render and tokenize texts itself, and supervise what follows the end token in some templates.
+    # pyrefly: ignore[bad-override]  nothing of what TRL passes on is needed
     def _prepare_dataset(self, dataset: Dataset, *args) -> Dataset:
         return dataset
 
@@ -100,7 +105,9 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
         """
         with self.compute_loss_context_manager():
             log_probs = answer_log_probs(model, inputs)
-            with use_adapter(self.accelerator.unwrap_model(self.model), REFERENCE if self.has_reference else None):
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            assert isinstance(unwrapped, PeftModel)
+            with use_adapter(unwrapped, REFERENCE if self.has_reference else None):
                 reference = answer_log_probs(self.model, inputs)
         change = (log_probs - reference).chunk(2)  # of the chosen answers, and of the rejected ones
         (chosen, rejected), tokens = log_probs.chunk(2), inputs["completion_mask"].sum(1).chunk(2)
@@ -131,6 +138,7 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.is_world_process_zero():
             answers = {f"{metric_key_prefix}_{name}": value for name, value in self.answer_lengths().items()}
+            assert output.metrics is not None
             output.metrics.update(answers)
             if warning := chosen_warning(output.metrics[f"{metric_key_prefix}_chosen_change"], self.args):
                 say(warning)

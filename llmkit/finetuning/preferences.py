@@ -8,7 +8,7 @@ them, and an answer ends with the token that SFT has trained to end it.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypedDict
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -30,8 +30,14 @@ from llmkit.finetuning.conversations import (
 from llmkit.finetuning.turns import Malformed, Messages, check_turns
 from llmkit.model.loss import IGNORE_INDEX
 
-# `prompt`, the messages up to the user's last one, and the two answers to it, `chosen` and `rejected`.
-Pair = dict[str, Messages | str]
+
+class Pair(TypedDict):
+    """The messages up to the user's last one, and two answers to it."""
+
+    prompt: Messages
+    chosen: str
+    rejected: str
+
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")  # of texts as those of Anthropic's HH-RLHF
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -71,7 +77,7 @@ def _source(args: SourceArguments, split: str):
 
 def _docstring_pairs(conversations: Conversations) -> Pairs:
     asked = [(messages[0]["content"], messages[1]["content"]) for messages in conversations.rows]
-    rows = [
+    rows: list[Pair] = [
         {"prompt": [{"role": "user", "content": question}], "chosen": chosen, "rejected": rejected}
         for question, chosen, rejected in docstring_preferences(asked)
     ]
@@ -118,6 +124,7 @@ def _split_texts(chosen: str, rejected: str) -> tuple[Messages | str, Messages |
     if _TURN.match(chosen) and _TURN.match(rejected):
         return "", _turns(chosen), _turns(rejected)
     parts = extract_prompt({"chosen": chosen, "rejected": rejected})
+    # pyrefly: ignore[bad-return]  of texts the parts are texts
     return parts["prompt"], parts["chosen"], parts["rejected"]
 
 

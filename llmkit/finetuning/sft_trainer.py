@@ -32,6 +32,8 @@ class ConversationTrainer(AdapterTrainer, SFTTrainer):
         source: the dataclasses that say where data and model came from, for the run's record.
     """
 
+    args: SFTArguments
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -76,6 +78,7 @@ class ConversationTrainer(AdapterTrainer, SFTTrainer):
         hidden = outputs.hidden_states[-1][:, :-1][trained]
         # Evaluation fills its last batch with rows that have no targets.
         num_items = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+        # pyrefly: ignore[not-callable]  torch calls every attribute of a module a tensor or a module
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
         loss = linear_cross_entropy(hidden, head.weight, labels[trained], num_items, head.bias)
         if num_items_in_batch is not None:
@@ -92,6 +95,7 @@ class ConversationTrainer(AdapterTrainer, SFTTrainer):
 
     def sum_loss(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         loss, _, _ = SFTTrainer.prediction_step(self, model, inputs, prediction_loss_only=True)
+        assert isinstance(loss, torch.Tensor)
         targets = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss.device)
         return torch.stack([loss * targets, targets])
 

@@ -26,7 +26,7 @@ class Ambiguous(Malformed):
         self.text = text
 
 
-def check_turns(messages: Messages) -> Messages:
+def check_turns(messages: object) -> Messages:
     """The messages, if user and assistant take turns, and without a last question that has no answer.
 
     Raises:
@@ -113,10 +113,11 @@ def split_guanaco(text: str | None) -> Messages:
     """
     if not isinstance(text, str | None):
         raise Malformed("text that is not a string")
+    text = text or ""
     readings, reasons = [], []
     for pairs_quote in (True, False):
         reading = _Reading(pairs_quote)
-        reading.read(text or "")
+        reading.read(text)
         if reading.doubtful and reading.quoted_in_block:
             raise Ambiguous(text)
         try:

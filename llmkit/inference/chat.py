@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from jinja2 import TemplateError
 from transformers import (
+    BatchEncoding,
     DynamicCache,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -15,6 +16,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
+from llmkit.data.tokenizer import decode
 from llmkit.errors import UserError
 from llmkit.inference.generation import PieceStreamer, context_length
 from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
@@ -36,6 +38,7 @@ class Interrupt(StoppingCriteria):
         self.received = True
 
     def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+        # pyrefly: ignore[bad-return]  torch calls no tensor a BoolTensor
         return torch.full((len(input_ids),), self.received, device=input_ids.device)
 
 
@@ -97,6 +100,7 @@ class Chat:
         self._crop_cache(ids)
         streamer = PieceStreamer(self.tokenizer, self.sampling, write)
         with Interrupt() as interrupt:
+            # pyrefly: ignore[not-callable]  torch calls every attribute of a module a tensor or a module
             output = self.model.generate(
                 torch.tensor([ids], device=self.model.device),
                 attention_mask=torch.ones(1, len(ids), dtype=torch.long, device=self.model.device),
@@ -108,18 +112,20 @@ class Chat:
             )[0].tolist()
         streamer.finish()
         self.cached = output[: self.cache.get_seq_length()]
-        text = self.sampling.cut(self.tokenizer.decode(output[len(ids) :], skip_special_tokens=True))
+        text = self.sampling.cut(decode(self.tokenizer, output[len(ids) :], skip_special_tokens=True))
         self.messages.append({"role": "assistant", "content": text})
         return text
 
     def _render(self, messages: list[dict[str, str]]) -> list[int]:
         """The tokens of a conversation that an answer is to follow."""
-        return self.tokenizer.apply_chat_template(
+        encoded = self.tokenizer.apply_chat_template(
             self.instructions + messages,
             add_generation_prompt=True,
             return_dict=True,
             tokenizer_kwargs={"verbose": False},  # its length is looked at here
-        )["input_ids"]
+        )
+        assert isinstance(encoded, BatchEncoding), "with return_dict"
+        return encoded["input_ids"]
 
     def _check_instructions(self) -> None:
         for message in self.instructions:

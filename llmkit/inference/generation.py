@@ -4,7 +4,7 @@ Everything goes through transformers' own `generate` on the model's stock class,
 gives, whatever the architecture.
 """
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils import find_adapter_config_file
 
-from llmkit.data.tokenizer import load_tokenizer
+from llmkit.data.tokenizer import decode, load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.hub_access import ask_hub_once
 from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
@@ -68,7 +68,9 @@ def load_for_generation(
         return load_model(checkpoint, quantize, device), tokenizer
     from llmkit.finetuning.adapters import load_with_adapter  # here, since importing peft takes seconds
 
-    return load_with_adapter(checkpoint, base, device).get_base_model(), tokenizer
+    model = load_with_adapter(checkpoint, base, device).get_base_model()
+    assert isinstance(model, PreTrainedModel)
+    return model, tokenizer
 
 
 def load_model(checkpoint: str, quantize: Quantization | None, device: torch.device) -> PreTrainedModel:
@@ -131,9 +133,9 @@ class _Row:
     length: int  # of the prompt
     wanted: int
 
-    def window(self, context: int | float) -> list[int]:
+    def window(self, context: int) -> list[int]:
         """What the model reads next: all tokens if one more fits the context, else the last half of a context."""
-        return self.ids if len(self.ids) < context else self.ids[-max(1, int(context) // 2) :]
+        return self.ids if len(self.ids) < context else self.ids[-max(1, context // 2) :]
 
 
 def continue_prompts(
@@ -174,7 +176,7 @@ def continue_prompts(
     return [
         Continuation(
             prompt=row.prompt,
-            text=sampling.cut(tokenizer.decode(row.ids[row.length :], skip_special_tokens=True)),
+            text=sampling.cut(decode(tokenizer, row.ids[row.length :], skip_special_tokens=True)),
             tokens=len(row.ids) - row.length,
             slid=len(row.ids) > context,
         )
@@ -196,6 +198,7 @@ def _continue_rows(
     longest = max(map(len, windows))
     padded = [[tokenizer.pad_token_id] * (longest - len(window)) + window for window in windows]
     mask = [[0] * (longest - len(window)) + [1] * len(window) for window in windows]
+    # pyrefly: ignore[not-callable]  torch calls every attribute of a module a tensor or a module
     output = model.generate(
         torch.tensor(padded, device=model.device),
         attention_mask=torch.tensor(mask, device=model.device),
@@ -211,16 +214,16 @@ def _continue_rows(
         while new and new[-1] == tokenizer.pad_token_id:  # after a stop text
             new.pop()
         row.ids = row.ids + new
-        text = tokenizer.decode(row.ids[row.length :], skip_special_tokens=True)
+        text = decode(tokenizer, row.ids[row.length :], skip_special_tokens=True)
         row.wanted = 0 if end is not None or sampling.cut(text) != text else row.wanted - count
 
 
-def context_length(model: PreTrainedModel) -> int | float:
-    """Tokens of prompt and continuation together; infinite for models without positions, as those with ALiBi."""
-    return getattr(model.config, "max_position_embeddings", math.inf)
+def context_length(model: PreTrainedModel) -> int:
+    """Tokens of prompt and continuation together; `sys.maxsize` for models without positions, as those with ALiBi."""
+    return getattr(model.config, "max_position_embeddings", sys.maxsize)
 
 
-def _new_tokens(length: int, context: int | float, wanted: int | None) -> int:
+def _new_tokens(length: int, context: int, wanted: int | None) -> int:
     """How many tokens to generate after a prompt of `length` tokens."""
     room = context - length
     if room < 1:
@@ -250,7 +253,7 @@ class PieceStreamer(BaseStreamer):
             self.at_prompt = False
             return
         self.ids += value.tolist()
-        text = self.sampling.cut(whole := self.tokenizer.decode(self.ids, skip_special_tokens=True))
+        text = self.sampling.cut(whole := decode(self.tokenizer, self.ids, skip_special_tokens=True))
         if text == whole:  # no stop text yet, but it may have begun
             begun = (n for stop in self.sampling.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
             text = text[: len(text) - max(begun, default=0)]
@@ -261,7 +264,7 @@ class PieceStreamer(BaseStreamer):
 
     def finish(self) -> None:
         """Write what was held back, for the text is complete."""
-        self._write_up_to(self.sampling.cut(self.tokenizer.decode(self.ids, skip_special_tokens=True)))
+        self._write_up_to(self.sampling.cut(decode(self.tokenizer, self.ids, skip_special_tokens=True)))
 
     def _write_up_to(self, text: str) -> None:
         if len(text) > self.written:

@@ -7,7 +7,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 # Radford et al. 2019 (table 2) and Brown et al. 2020 (table 2.1): every size has 64-wide heads but the 1558M one,
 # whose 25 heads are 64 wide as well (1600 / 25).
-PRESETS = {
+PRESETS: dict[str, dict] = {
     "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "774M": {"n_layer": 36, "n_head": 20, "n_embd": 1280},

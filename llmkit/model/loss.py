@@ -8,6 +8,8 @@ matrix products per row, as in the plain version, at the memory of one chunk.
 torch 2.13 has `torch.nn.functional.linear_cross_entropy`; on CPU it was measured slower, and in bfloat16 less exact.
 """
 
+from typing import TypeGuard
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -87,11 +89,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 # Not in place: under torch.compile, torch 2.11 loses the gradients of an output that was changed.
                 total = total + _loss_and_gradient(part, target, vocab_size, needs_grad)
             grad = logits
-            if needs_hidden:
+            if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
-            if needs_weight:
+            if grad_weight is not None:
                 grad_weight += (grad.t() @ hidden_chunk)[:vocab_size]
-            if needs_bias:
+            if grad_bias is not None:
                 grad_bias += grad.sum(dim=0, dtype=torch.float32)[:vocab_size]
             del logits, grad  # the next chunk's takes its place, not a place beside it
 
@@ -100,7 +102,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_output):
+    def backward(ctx, grad_output):  # pyrefly: ignore[bad-override]  torch's has a number of gradients, and this is one
         grad_hidden, grad_weight, grad_bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         # In place: they are needed once. A second backward pass over the same graph is refused by autograd.
@@ -146,7 +148,7 @@ def linear_cross_entropy(
     return total / num_items
 
 
-def is_plain_head(head: nn.Module, hidden: torch.Tensor) -> bool:
+def is_plain_head(head: nn.Module | None, hidden: torch.Tensor) -> TypeGuard[nn.Linear]:
     """Whether `linear_cross_entropy` with the head's weight gives what the head itself would.
 
     Only for a linear layer whose weight is on the device of the hidden states: an adapter on the head or a quantized

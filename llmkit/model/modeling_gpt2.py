@@ -68,7 +68,7 @@ class GPT2Attention(nn.Module):
         self.scaling = self.head_dim**-0.5
         self.c_attn = Conv1D(3 * config.n_embd, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, config.n_embd)
-        self.c_proj.is_residual_projection = True
+        self.c_proj.is_residual_projection = True  # pyrefly: ignore[bad-argument-type]  torch's __setattr__
 
     def forward(self, x, past_key_values: Cache | None, attention_mask, **kwargs):
         B, T, C = x.shape
@@ -78,6 +78,7 @@ class GPT2Attention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, T_past + T, D)
         # private: the implementation in use has no public name.
+        # pyrefly: ignore[bad-argument-type]  it is None in a configuration only, which no model has yet
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         dropout = self.config.attn_pdrop if self.training else 0.0
         x, weights = attend(
@@ -94,7 +95,7 @@ class GPT2MLP(nn.Module):
         self.config = config
         self.c_fc = Conv1D(inner, config.n_embd)
         self.c_proj = Conv1D(config.n_embd, inner)
-        self.c_proj.is_residual_projection = True
+        self.c_proj.is_residual_projection = True  # pyrefly: ignore[bad-argument-type]  torch's __setattr__
         # gelu_new is the same function spelled out in eight operations, each of which keeps its result for backward.
         name = config.activation_function
         self.act = ACT2FN["gelu_pytorch_tanh" if name == "gelu_new" else name]
@@ -164,18 +165,18 @@ class GPT2Model(GPT2PreTrainedModel):
     def get_input_embeddings(self):
         return self.wte
 
-    def set_input_embeddings(self, new_embeddings):
-        self.wte = new_embeddings
+    def set_input_embeddings(self, value):
+        self.wte = value
 
     @merge_with_config_defaults
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -237,13 +238,13 @@ class GPT2LMHeadModel(GPT2PreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
-        shift_labels: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,

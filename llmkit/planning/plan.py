@@ -211,7 +211,7 @@ def plan_pretraining(
         )
     tokens = steps * args.total_batch_tokens
 
-    def memory(micro_batch: int, checkpointing: bool = args.activation_checkpointing) -> StepMemory:
+    def memory(micro_batch: int, checkpointing: bool = bool(args.activation_checkpointing)) -> StepMemory:
         return pretraining_memory(config, args, micro_batch, block_size, hardware, accumulation > 1, checkpointing)
 
     micro_batch, twice = args.per_device_train_batch_size, 2 * args.per_device_train_batch_size
@@ -272,6 +272,7 @@ def pretraining_memory(
         return model(ids, shift_labels=ids, num_items_in_batch=1).loss
 
     def create_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
+        assert isinstance(model, GPT2LMHeadModel), "that of `build`"
         if args.optim == MUON:
             return create_muon(model, args, decayed=())
         optimizer_class, how = Trainer.get_optimizer_cls_and_kwargs(args, model)
@@ -292,6 +293,7 @@ def pretraining_memory(
 def measured_rate(config: GPT2Config, args: PretrainArguments, block_size: int, seconds: float = 10.0) -> float:
     """Tokens per second of real steps on this machine's device, on random tokens, the first two left out."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # pyrefly: ignore[bad-argument-type]  a decorator of transformers hides what `to` takes
     model = GPT2LMHeadModel(config).to(device).train()
     optimizer_class, how = Trainer.get_optimizer_cls_and_kwargs(replace(args, optim="adamw_torch_fused"), model)
     optimizer = optimizer_class(model.parameters(), **how)
@@ -355,7 +357,7 @@ def _shard_bytes(manifest) -> int | None:
     return sum(split.tokens for split in manifest.splits.values()) * width
 
 
-def _every(strategy: str, every: float, logging_steps: float, steps: int) -> int:
+def _every(strategy: str, every: float | None, logging_steps: float, steps: int) -> int:
     """How often something happens that a strategy of Trainer's decides."""
     if strategy == "no":
         return 0

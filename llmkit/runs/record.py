@@ -199,9 +199,9 @@ class JsonlLog(TrainerCallback):
         # In one step: with an empty log a killed start would take what the run was with it.
         write_whole(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.write(state.global_step, logs)
+            self.write(state.global_step, kwargs["logs"])
 
     def write(self, step: int, record: dict) -> None:
         with self.path.open("a", encoding="utf-8") as file:

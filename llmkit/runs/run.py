@@ -5,6 +5,7 @@ import math
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 from llmkit.errors import UserError
 
@@ -134,14 +135,14 @@ def _has_step_and_time(record: dict) -> bool:
     return type(step) is int and 0 <= step < 2**53 and _is_number(time) and 0 <= time < YEAR_10000
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     """Whether it is a number that an array of float64 can hold; NaN and infinity are."""
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 
 
 def _readable(record: dict) -> dict:
     """A line of the log, without what is neither a number nor the record of a run nor a sample."""
-    kept = {key: value for key, value in record.items() if _is_number(value) and key not in TEXTS}
+    kept: dict = {key: value for key, value in record.items() if _is_number(value) and key not in TEXTS}
     if isinstance(record.get("run"), dict):
         kept["run"] = _completed(record["run"], LEAST_RECORD)
     if all(isinstance(record.get(key), str) for key in TEXTS):

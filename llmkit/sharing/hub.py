@@ -231,7 +231,7 @@ def push(
         base = base_on_hub(folder, repository.base, run, repository.has)
         repository = repository.open()
         if not keep_card:
-            dataset = run and run.record["source"].get("dataset_name")
+            dataset = run.record["source"].get("dataset_name") if run else None
             if dataset and (Path(dataset).exists() or not repository.has(dataset, "dataset")):
                 dataset = None
             write_model_card(folder, repository.repo_id, run, repository.license, base, dataset)
@@ -274,6 +274,7 @@ def check_push(args: TrainingArguments, base: str | None = None) -> None:
 
 
 def _repository(args: TrainingArguments) -> Repository:
+    assert args.output_dir is not None, "TrainingArguments fills it in"
     name = args.hub_model_id or Path(args.output_dir).absolute().name  # as Trainer has it
     return Repository(name, args.hub_private_repo is not False, args.hub_revision, args.hub_token)
 
@@ -287,6 +288,7 @@ class RunPusher:
 
     def __init__(self, args: TrainingArguments):
         self.repository = _repository(args)
+        assert args.output_dir is not None, "TrainingArguments fills it in"
         self.folder = args.output_dir
         self.under_way: Thread | None = None
 

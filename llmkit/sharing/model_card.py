@@ -118,15 +118,17 @@ def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None
     if adapter:
         kind = _text(adapter["peft_type"]).replace("LORA", "LoRA")
         rank = f" of rank {adapter['r']} with {count:,} parameters" if kind == "LoRA" else ""
+        assert base is not None, "`base_on_hub` refuses an adapter without one"
         text = f"A {kind} adapter{rank} for {_link(base)}"
         if quantization := _read(folder / "quantization_config.json"):
             text += f", trained on that base in {'4' if quantization['load_in_4bit'] else '8'} bits"
         text += "."
     else:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        (architecture, *_) = config.architectures or [config.model_type]
         size = "" if hasattr(config, "quantization_config") else f" with {count:,} parameters"
         text = (
-            f"A language model, `{config.architectures[0]}`{size}: {config.num_hidden_layers} layers, "
+            f"A language model, `{architecture}`{size}: {config.num_hidden_layers} layers, "
             f"{config.num_attention_heads} heads, {config.hidden_size:,} wide, a context of "
             f"{config.max_position_embeddings:,} tokens, {config.vocab_size:,} tokens in its vocabulary."
         )
@@ -268,10 +270,9 @@ def _samples(run: Run) -> list[str]:
 def _eval_results(run: Run | None, dataset: str | None, hellaswag: dict) -> list[EvalResult]:
     """The measured numbers, of datasets that are on the Hub: the metadata has no way to say another one."""
     results = []
-    if dataset and run.evaluations:
-        measured = {
-            key: run.evaluations[-1][key] for key in EVALUATED if math.isfinite(run.evaluations[-1].get(key, math.inf))
-        }
+    if dataset and run and run.evaluations:
+        last = run.evaluations[-1]
+        measured = {key: last[key] for key in EVALUATED if math.isfinite(last.get(key, math.inf))}
         results += [_result(dataset, dataset, key.removeprefix("eval_"), value) for key, value in measured.items()]
     if hellaswag:
         results.append(_result("Rowan/hellaswag", "HellaSwag", "acc_norm", hellaswag["hellaswag/acc_norm"]))

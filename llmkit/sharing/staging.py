@@ -111,10 +111,11 @@ def base_on_hub(folder: Path, given: str | None, run: Run | None, is_on_hub: Cal
     """
     config = folder / ADAPTER_CONFIG_NAME
     adapter = _read(config) if config.exists() else None
-    started_from = adapter["base_model_name_or_path"] if adapter else run and run.record["source"].get("init_from")
+    source = run.record["source"] if run else {}
+    started_from = adapter["base_model_name_or_path"] if adapter else source.get("init_from")
     base = given or started_from
     # `me/base` may be a folder beside the one that training was started in: only a commit shows that it is not.
-    if adapter and not given and not adapter.get("revision") and not Path(base).is_absolute():
+    if adapter and not given and not adapter.get("revision") and not Path(base or "").is_absolute():
         raise UserError(
             f"the adapter's base {base} may be a folder or a name on the Hub, for its configuration has no commit of "
             f"it: say which model on the Hub it is, such as --base {base}"
@@ -142,5 +143,5 @@ def _read(path: Path) -> dict:
     return content
 
 
-def _write(path: Path, content: dict) -> None:
+def _write(path: Path, content: object) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

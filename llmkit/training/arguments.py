@@ -11,7 +11,7 @@ from llmkit.errors import UserError
 from llmkit.paths import expand_homes
 from llmkit.training.batch_ramp import Batches
 from llmkit.training.inherited_arguments import REFUSED
-from llmkit.training.optimizers import OptimizerArguments, is_fully_sharded
+from llmkit.training.optimizers import MUON, OptimizerArguments, is_fully_sharded
 from llmkit.training.run_arguments import RunArguments, device_type
 
 _ONE_PASS = "to Trainer a run is one pass over its batches, so there is no end of an epoch: give steps"
@@ -19,6 +19,7 @@ _WINDOWS = "the batches are windows of one length, all full, in an order that fo
 
 
 @dataclass
+# pyrefly: ignore[inconsistent-inheritance]  fields that are None until `__post_init__` chooses, or never None after it
 class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
     """TrainingArguments with the batch stated in tokens, and with what the machine is good for chosen by itself."""
 
@@ -94,6 +95,8 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
         if self.total_batch_tokens < 1:
             raise UserError(f"total_batch_tokens={self.total_batch_tokens}: must be at least 1")
         self._check_watching()
+        if self.optim == MUON and self.lr_schedule == "one_cycle":
+            raise UserError("lr_schedule: one_cycle cycles Adam's beta1, which Muon has not: take another schedule")
         if (self.batch_ramp_start is None) != (self.batch_ramp_tokens is None):
             raise UserError("batch_ramp_start and batch_ramp_tokens belong together: give both or none")
         if self.batch_ramp_tokens is not None and self.batch_ramp_tokens < 1:

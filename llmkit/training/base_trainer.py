@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from transformers import (
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
-    TrainingArguments,
+    TrainerCallback,
 )
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -28,6 +30,7 @@ from llmkit.training.monitoring import ResourceUse
 from llmkit.training.nonfinite import StepGuard
 from llmkit.training.ranks import RankLost, lost_rank
 from llmkit.training.reporting import LiveReport, PushCheckpoints
+from llmkit.training.run_arguments import RunArguments
 from llmkit.training.saving import ResumedState, WholeCheckpoints
 from llmkit.training.schedules import RANGE_TEST, check_schedule, create_schedule
 from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, ignore_signals, keep_workers
@@ -53,10 +56,13 @@ class ExactTrainer(WholeCheckpoints):
         UserError: a prompt that leaves no room in the context.
     """
 
+    model: Any  # a PreTrainedModel, or a PeftModel on one
+    lr_scheduler: LRScheduler | None
+
     def __init__(
         self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
+        model: nn.Module,
+        args: RunArguments,
         record: dict,
         throughput: Throughput,
         prompts: Sequence[str],
@@ -66,7 +72,7 @@ class ExactTrainer(WholeCheckpoints):
         **others,
     ):
         log = JsonlLog(args.output_dir, record)
-        callbacks = [throughput, log]
+        callbacks: list[TrainerCallback] = [throughput, log]
         if prompts:
             length = args.sample_tokens
             callbacks.append(Samples(processing_class, prompts, length, context, log, add_special_tokens))
@@ -90,13 +96,13 @@ class ExactTrainer(WholeCheckpoints):
         self.resources = ResourceUse(self.args.device)
         self.add_callback(LiveReport)
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
         """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
         if resume_from_checkpoint:
             check_resume(resume_from_checkpoint, self.record)
         self.take_folder(resume_from_checkpoint, self.record["data"]["fingerprint"])
         try:
-            return super().train(resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint, *args, **kwargs)
         except RuntimeError as error:
             if message := lost_rank(error, self.args):
                 ignore_signals()  # the launcher's, which would interrupt the line that says why
@@ -119,13 +125,13 @@ class ExactTrainer(WholeCheckpoints):
             return f"{where}, checkpoint saved in {self.args.output_dir}: {how}"
         return f"{where}, and its checkpoint could not be saved: {how}, from the last one that was"
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """`lr_schedule`'s. It is stepped once a step at any number of ranks, for accelerate does not wrap it."""
         if self.lr_scheduler is None:
             check_schedule(self.args, num_training_steps)
-            self.lr_scheduler = create_schedule(
-                optimizer or self.optimizer, self.args, num_training_steps, self.schedule_position
-            )
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None, "Trainer has made it first"
+            self.lr_scheduler = create_schedule(optimizer, self.args, num_training_steps, self.schedule_position)
             # private: Trainer's mark of a scheduler of its own; without it a second `train` would go on with this one.
             self._created_lr_scheduler = True
         return self.lr_scheduler
@@ -189,6 +195,7 @@ class ExactTrainer(WholeCheckpoints):
         sums = self.accelerator.gather(torch.stack(self.eval_sums)).cpu().double()
         totals = sums.view(-1, sums.shape[-1]).sum(dim=0).tolist()
         metrics = self.metrics_of(totals, dataloader.dataset)
+        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
@@ -219,6 +226,7 @@ class ExactTrainer(WholeCheckpoints):
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: a card is written of the run's log when it is pushed, not with each checkpoint."""
 
+    # pyrefly: ignore[bad-override]  Trainer's arguments would have no effect here
     def push_to_hub(self) -> None:
         """Push what `save_model` has saved, if `push_to_hub` is set: the last thing to do, when no other rank waits.
 

@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -34,6 +35,9 @@ from llmkit.runs.run import LOG, read_log
 from llmkit.training.callbacks import Samples
 from llmkit.training.checkpoints import first_rank_decides
 from llmkit.training.run_arguments import RunArguments
+
+if TYPE_CHECKING:
+    from llmkit.training.base_trainer import ExactTrainer
 
 REHEARSAL = ".rehearsal"  # in the run's folder, so that saves go to the same disk
 WARM_UP = 3  # steps that are not timed: they compile, find their memory and fill caches
@@ -65,7 +69,7 @@ class Pace:
 
 
 def fix_length(
-    make: Callable[[PreTrainedModel, RunArguments], Trainer],
+    make: Callable[[PreTrainedModel, RunArguments], "ExactTrainer"],
     model: PreTrainedModel,
     args: RunArguments,
     resume_from: str | None,
@@ -125,8 +129,9 @@ def _recorded_steps(checkpoint: Path, args: RunArguments) -> int:
 # How often something happens in a run
 
 
-def interval(every: float, steps: int) -> int:
+def interval(every: float | None, steps: int) -> int:
     """Trainer's `logging_steps`, `eval_steps` or `save_steps` in steps; below 1 it is a part of the run."""
+    assert every is not None, "TrainingArguments fills it in"
     return math.ceil(steps * every) if every < 1 else int(every)
 
 
@@ -184,6 +189,7 @@ class _Stopwatch(TrainerCallback):
 
 def _rehearse(make: Callable, model: PreTrainedModel, args: RunArguments, clock: Callable[[], float]) -> Pace:
     """The pace of the slowest rank."""
+    assert args.train_minutes is not None
     folder = Path(args.output_dir) / REHEARSAL
 
     def take() -> None:
@@ -231,7 +237,7 @@ def _timed(
     return watch.ready - begun, watch.step, _time_of_evaluation(trainer, clock), watch.save
 
 
-def _time_of_evaluation(trainer: Trainer, clock: Callable[[], float]) -> float:
+def _time_of_evaluation(trainer: "ExactTrainer", clock: Callable[[], float]) -> float:
     """Of a whole evaluation, from some of its batches, with samples and report."""
     trainer.model.eval()
     loader = trainer.get_eval_dataloader()

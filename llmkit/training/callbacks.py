@@ -2,7 +2,7 @@
 
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from accelerate import DistributedType
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from transformers.trainer_callback import TrainerState
 
 from llmkit.console import say
+from llmkit.data.tokenizer import decode
 from llmkit.errors import UserError
 from llmkit.runs.metrics import METRICS
 from llmkit.runs.record import JsonlLog
@@ -67,7 +68,9 @@ class Throughput(TrainerCallback):
         is_first, self.is_first = self.is_first, False
         if is_first and step == self.first_step + 1:
             return {}
-        tokens = self.tokens_before(step) - self.tokens_before(self.first_step) if tokens is None else tokens
+        if tokens is None:
+            assert self.tokens_before is not None, "else the tokens are told"
+            tokens = self.tokens_before(step) - self.tokens_before(self.first_step)
         speed = tokens / seconds
         mfu = {"mfu": speed * self.flops_per_token / self.peak} if self.peak else {}
         return {"tokens_per_second": speed, **mfu}
@@ -91,7 +94,8 @@ class ProgressLine(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
 
-    def on_log(self, args, state: TrainerState, control, logs=None, **kwargs):
+    def on_log(self, args, state: TrainerState, control, **kwargs):
+        logs = kwargs["logs"]
         shown = [m.said.format(m.write(logs[m.key])) for m in METRICS.values() if m.said and m.key in logs]
         if state.is_world_process_zero and shown:
             say(f"step {state.global_step:>6,}/{state.max_steps:,} | " + " | ".join(shown))
@@ -116,9 +120,9 @@ class Samples(TrainerCallback):
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        prompts: list[str],
+        prompts: Sequence[str],
         max_new_tokens: int,
-        context: int | float,
+        context: int,
         log: JsonlLog,
         add_special_tokens: bool = True,
     ):
@@ -140,11 +144,11 @@ class Samples(TrainerCallback):
         """Whether this rank samples. Where each holds a part of the model (FSDP), all of them have to, or none."""
         return state.is_world_process_zero or AcceleratorState().distributed_type == DistributedType.FSDP
 
-    def on_evaluate(self, args, state, control, model: PreTrainedModel, **kwargs):
+    def on_evaluate(self, args, state, control, **kwargs):
         if not self.takes_part(state):
             return
         for prompt in self.prompts:
-            text = self.sample(model, prompt)
+            text = self.sample(kwargs["model"], prompt)
             if state.is_world_process_zero:
                 say(textwrap.indent(text, "    | "))
                 self.log.write(state.global_step, {"prompt": prompt, "sample": text})
@@ -158,6 +162,7 @@ class Samples(TrainerCallback):
         model.eval()
         with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []), torch.no_grad():
             torch.manual_seed(0)
+            # pyrefly: ignore[not-callable]  torch calls every attribute of a module a tensor or a module
             output = model.generate(
                 **inputs,
                 max_new_tokens=min(self.max_new_tokens, room),
@@ -167,4 +172,4 @@ class Samples(TrainerCallback):
                 pad_token_id=self.tokenizer.eos_token_id,
             )
         model.train(training)
-        return self.tokenizer.decode(output[0], skip_special_tokens=True)
+        return decode(self.tokenizer, output[0], skip_special_tokens=True)

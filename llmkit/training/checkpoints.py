@@ -140,6 +140,7 @@ def first_rank_decides(args: TrainingArguments, decide: Callable[[], str | None]
 
 
 def _choose(args: TrainingArguments) -> str | None:
+    assert args.output_dir is not None, "TrainingArguments fills it in"
     folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir={args.output_dir} is a file: give a folder")

@@ -5,11 +5,13 @@ from dataclasses import dataclass, field
 import transformers
 from packaging.version import Version
 
+from llmkit.training.mixin import ArgumentsMixin
+
 RENAMES_CHECKPOINTING = Version(transformers.__version__) < Version("5.23")
 
 
 @dataclass
-class CheckpointingArguments:
+class CheckpointingArguments(ArgumentsMixin):
     """`activation_checkpointing` also for transformers before 5.23, where it is called `gradient_checkpointing`.
 
     For TrainingArguments and its subclasses, before them in the list of bases.

@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from llmkit.errors import UserError
 
@@ -171,8 +172,10 @@ def refuse_unsupported(args: TrainingArguments, refused: Mapping[str, str]) -> N
 
 def refuse_accelerator_config(args: TrainingArguments) -> None:
     """Refuse keys of `accelerator_config` that change the batches; call it once that is an AcceleratorConfig."""
-    for field in dataclasses.fields(args.accelerator_config):
-        value = getattr(args.accelerator_config, field.name)
+    config = args.accelerator_config
+    assert isinstance(config, AcceleratorConfig), "TrainingArguments has made it one"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if field.name not in ("non_blocking", "use_configured_state") and value != default_of(field):
             raise UserError(
                 f"accelerator_config: {field.name}={value} is not supported: it would change the batches; leave it out"

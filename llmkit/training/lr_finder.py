@@ -38,7 +38,8 @@ class RangeTest(TrainerCallback):
     def __init__(self):
         self.losses: list[float] = []
 
-    def on_log(self, args, state, control, logs: dict[str, float], **kwargs):
+    def on_log(self, args, state, control, **kwargs):
+        logs = kwargs["logs"]
         if "loss" in logs:
             self.losses.append(logs["loss"])
             if has_diverged(self.losses, half_width(state.max_steps)):

@@ -88,10 +88,10 @@ class HellaSwagInTraining(TrainerCallback):
         self.questions, self.every, self.batch_size = questions, every, batch_size
         self.accelerator, self.log = accelerator, log
 
-    def on_log(self, args, state, control, model: PreTrainedModel, logs: dict[str, float], **kwargs):
-        if "loss" in logs and state.global_step % self.every == 0:
+    def on_log(self, args, state, control, **kwargs):
+        if "loss" in kwargs["logs"] and state.global_step % self.every == 0:
             with self.accelerator.autocast():
-                self.log(score_hellaswag(model, self.questions, self.batch_size, self.accelerator))
+                self.log(score_hellaswag(kwargs["model"], self.questions, self.batch_size, self.accelerator))
 
 
 class ParameterMonitor(TrainerCallback):
@@ -119,7 +119,7 @@ class ParameterMonitor(TrainerCallback):
         if (state.global_step + 1) % self.every == 0:
             self.before = [[p.detach().clone() for p in parameters] for parameters in self.kinds.values()]
             for kind, parameters in self.kinds.items():
-                self.figures[f"grad_norm/{kind}"] = get_total_norm([p.grad for p in parameters])
+                self.figures[f"grad_norm/{kind}"] = get_total_norm([p.grad for p in parameters if p.grad is not None])
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):

@@ -57,7 +57,7 @@ class StepGuard(TrainerCallback, ExportableState):
     def on_step_begin(self, args, state, control, **kwargs):
         self.micro_losses = []
 
-    def on_pre_optimizer_step(self, args, state, control, optimizer, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         step = state.global_step + 1
         losses = torch.stack(self.micro_losses).detach().float()
         # In float16 the loss scale overflows now and then, and its scaler leaves such a step out itself.
@@ -71,7 +71,7 @@ class StepGuard(TrainerCallback, ExportableState):
         elif args.on_spike == "ignore" or not self._is_spike(args, step, loss):
             self.recent = [*self.recent, loss][-WINDOW:]
             return
-        optimizer.zero_grad(set_to_none=True)  # without gradients the optimizer touches nothing
+        kwargs["optimizer"].zero_grad(set_to_none=True)  # without gradients the optimizer touches nothing
 
     def _not_finite(self, args, step: int, losses: torch.Tensor) -> None:
         """Stop, or count the step as left out."""

@@ -19,16 +19,19 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from llmkit.errors import UserError
+from llmkit.training.mixin import ArgumentsMixin
 
 MUON = "muon"
 
 
 @dataclass
-class OptimizerArguments:
+class OptimizerArguments(ArgumentsMixin):
     """For PretrainArguments: `optim` knows one optimizer more than TrainingArguments."""
 
     DECISIVE: ClassVar[set[str]] = {"muon_learning_rate"}
@@ -49,15 +52,14 @@ class OptimizerArguments:
         super().__post_init__()
         if wanted != MUON:
             if self.muon_learning_rate is not None:
-                raise UserError(f"muon_learning_rate is for optim: muon, not {self.optim.value}: leave it out")
+                name = OptimizerNames(self.optim).value
+                raise UserError(f"muon_learning_rate is for optim: muon, not {name}: leave it out")
             return
         self.optim = MUON
         if self.muon_learning_rate is None:
             self.muon_learning_rate = self.learning_rate
         if not (self.learning_rate > 0 and self.muon_learning_rate > 0):
             raise UserError("optim: muon takes a learning_rate and a muon_learning_rate above 0")
-        if self.lr_schedule == "one_cycle":
-            raise UserError("lr_schedule: one_cycle cycles Adam's beta1, which Muon has not: take another schedule")
         if self.optim_args:
             raise UserError("optim_args is not for optim: muon: leave it out")
         if is_fully_sharded(self):
@@ -65,7 +67,8 @@ class OptimizerArguments:
 
     def describe_optimizer(self) -> str:
         """The optimizer and its settings, as in "adamw_torch_fused, lr 0.0006, weight decay 0.1, clip 1"."""
-        name = f"muon, lr {self.muon_learning_rate:g}, and adamw" if self.optim == MUON else self.optim.value
+        is_muon = self.optim == MUON
+        name = f"muon, lr {self.muon_learning_rate:g}, and adamw" if is_muon else OptimizerNames(self.optim).value
         rest = f"weight decay {self.weight_decay:g}, clip {self.max_grad_norm:g}"
         return f"{name}, lr {self.learning_rate:g}, {rest}"
 
@@ -91,7 +94,7 @@ class MuonWithAdamW(Optimizer):
         self.adamw.param_groups, self.muon.param_groups = self.param_groups[:-1], self.param_groups[-1:]
         self.adamw.state = self.muon.state = self.state
 
-    def step(self, closure=None) -> None:
+    def step(self, closure=None) -> None:  # pyrefly: ignore[bad-override]  a closure is refused
         assert closure is None, "Trainer has none"
         self.adamw.step()
         self.muon.step()
@@ -101,14 +104,15 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
 
-def create_muon(model: PreTrainedModel, args: TrainingArguments, decayed: Collection[str]) -> MuonWithAdamW:
+def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[str]) -> MuonWithAdamW:
     """The optimizer for a GPT-2.
 
     Args:
         args: with learning rates, weight decay and AdamW's own settings.
         decayed: the names of the parameters that have weight decay (`Trainer.get_decay_parameter_names`).
     """
-    hidden = {id(p) for p in model.transformer.h.parameters() if p.ndim == 2}
+    assert args.muon_learning_rate is not None, "set with the arguments"
+    hidden = {id(p) for p in model.get_submodule("transformer.h").parameters() if p.ndim == 2}
     matrices, with_decay, without_decay = [], [], []
     for name, parameter in model.named_parameters():
         if id(parameter) in hidden:

@@ -7,6 +7,7 @@ import torch
 import transformers
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 
 from llmkit.data.lookup import documents_of
@@ -46,6 +47,12 @@ class PretrainTrainer(ExactTrainer):
         UserError: a batch that cannot be shared out, or that is larger than the training set.
     """
 
+    args: PretrainArguments
+    model: GPT2LMHeadModel
+    train_dataset: TokenWindows
+    eval_dataset: TokenWindows
+    processing_class: transformers.PreTrainedTokenizerBase
+
     def __init__(
         self,
         model: GPT2LMHeadModel,
@@ -56,7 +63,7 @@ class PretrainTrainer(ExactTrainer):
         source: Sequence = (),
     ):
         check_length_is_fixed(args)
-        block_size = train_dataset.block_size
+        block_size = self.block_size = train_dataset.block_size
         args.set_accumulation(block_size)
         if train_dataset.vocab_size > model.config.vocab_size:
             raise UserError(
@@ -75,7 +82,7 @@ class PretrainTrainer(ExactTrainer):
 
         peak = peak_flops(args.device) if args.bf16 else None
         throughput = Throughput(
-            tokens_before=lambda step: self.batches.windows_before(step) * block_size,
+            tokens_before=self.tokens_before,
             flops_per_token=model.config.flops_per_token(block_size),
             peak=peak * args.world_size if peak else None,
         )
@@ -92,7 +99,9 @@ class PretrainTrainer(ExactTrainer):
             eval_dataset=eval_dataset,
         )
         if is_fully_sharded(args):
-            keep_sums_in_float32(self.accelerator.state.fsdp_plugin)
+            plugin = self.accelerator.state.fsdp_plugin
+            assert plugin is not None, "under FSDP"
+            keep_sums_in_float32(plugin)
         # Trainer seeds all ranks alike, and they would drop out the same units. In fine-tuning that stays, for its
         # sampler takes the order of all ranks from this seed.
         if args.process_index > 0:
@@ -129,6 +138,10 @@ class PretrainTrainer(ExactTrainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         return super().create_scheduler(self.full_steps, optimizer)
 
+    def tokens_before(self, step: int) -> int:
+        """Targets that were trained when `step` steps were done."""
+        return self.batches.windows_before(step) * self.block_size
+
     def schedule_position(self, step: int) -> float:
         return self.batches.full_batches_before(step)
 
@@ -152,8 +165,8 @@ class PretrainTrainer(ExactTrainer):
         more = f" and {len(documents) - 3} more documents" if len(documents) > 3 else ""
         return "; ".join(map(str, documents[:3])) + more
 
-    def get_eval_dataloader(self, eval_dataset: TokenWindows | None = None) -> DataLoader:
-        dataset = eval_dataset or self.eval_dataset
+    def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
+        dataset: TokenWindows = eval_dataset or self.eval_dataset
         batch_size = self.args.per_device_eval_batch_size
         dataset = dataset.padded_to_multiple_of(batch_size * self.args.world_size)
         return self.accelerator.prepare(self._loader(dataset, batch_size=batch_size))
@@ -195,12 +208,13 @@ class PretrainTrainer(ExactTrainer):
         return self.throughput.flops_per_token * inputs["input_ids"].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        tokens = self.throughput.tokens_before(self.state.global_step)
+        tokens = self.tokens_before(self.state.global_step)
         if "loss" in logs:
             logs |= {"tokens": tokens}
             logs |= self.throughput.measure(self.state.global_step)
             if self.monitor:
                 logs |= self.monitor.measured(self.state.global_step, logs.get("grad_norm"))
+            assert self.optimizer is not None
             logs |= named_learning_rates(self.optimizer, logs["learning_rate"], self.args.learning_rate)
         # Trainer's epoch is the whole run here. Passes over the text are what a reader means.
         self.state.epoch = tokens / self.train_tokens
@@ -243,7 +257,6 @@ class PretrainTrainer(ExactTrainer):
 
 def keep_sums_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
     """DDP's mixed precision: under FSDP2 accelerate would sum gradients in bfloat16, and round the loss to it."""
-    if plugin.fsdp_version == 2 and plugin.mixed_precision_policy:
-        plugin.mixed_precision_policy = dataclasses.replace(
-            plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
-        )
+    policy = plugin.mixed_precision_policy
+    if isinstance(policy, MixedPrecisionPolicy):  # FSDP2's
+        plugin.mixed_precision_policy = dataclasses.replace(policy, reduce_dtype=torch.float32, output_dtype=None)

@@ -4,11 +4,12 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args, get_type_hints
 
 from llmkit.errors import UserError
+from llmkit.training.mixin import ArgumentsMixin
 from llmkit.training.ranks import join_ranks
 
 
 @dataclass
-class ReliabilityArguments:
+class ReliabilityArguments(ArgumentsMixin):
     """A part of RunArguments."""
 
     on_save_failure: Literal["continue", "stop"] = field(

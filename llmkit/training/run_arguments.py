@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from transformers import Trainer, TrainingArguments
@@ -27,7 +27,7 @@ COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-
 
 @dataclass
 class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArguments):
-    """For TrainingArguments and its subclasses, before them in the list of bases, as ScheduleArguments is."""
+    """What the arguments of every run have beside TrainingArguments."""
 
     # The inherited fields that a resumed run has to have the same, those that are refused, each with its reason, and
     # what `metric_for_best_model` may name.
@@ -48,6 +48,9 @@ class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArgumen
             "The number of steps follows from the pace, which is measured before the first step."
         },
     )
+
+    if TYPE_CHECKING:
+        output_dir: str = ""  # TrainingArguments fills it in
 
     sample_prompts: list[str] = field(
         default_factory=list,
@@ -121,7 +124,7 @@ def check_names(args: RunArguments) -> None:
         UserError: the line says what there is.
     """
     available = get_available_reporting_integrations()
-    if missing := [name for name in args.report_to if name not in available]:
+    if missing := [name for name in args.report_to or () if name not in available]:
         raise UserError(f"report_to={missing[0]} is not installed here: choose from {', '.join(available)} and none")
     metric = args.metric_for_best_model
     if metric is not None and metric.removeprefix("eval_") not in args.METRICS:
@@ -154,15 +157,14 @@ def check_optimizer(args: TrainingArguments) -> None:
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise UserError(f"optim={args.optim.value}: {error}") from error
+        raise UserError(f"optim={OptimizerNames(args.optim).value}: {error}") from error
 
 
 def device_type(args: TrainingArguments) -> str:
     """The type of the device that will be trained on."""
     configured_cpu = strtobool(os.environ.get("ACCELERATE_USE_CPU", "false"))  # accelerate_configs/cpu.yaml
-    if args.use_cpu or configured_cpu or not torch.accelerator.is_available():
-        return "cpu"
-    return torch.accelerator.current_accelerator().type
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if args.use_cpu or configured_cpu or accelerator is None else accelerator.type
 
 
 def choose_precision(args: TrainingArguments) -> None:

@@ -29,6 +29,7 @@ from llmkit.training.checkpoints import (
     set_aside_after,
     step_of,
 )
+from llmkit.training.run_arguments import RunArguments
 
 # A full disk is OSError to Python, SafetensorError to safetensors, RuntimeError to torch's archive writer.
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError)
@@ -41,6 +42,7 @@ class WholeCheckpoints(Trainer):
     write.
     """
 
+    args: RunArguments
     saving = False
     saved_step = -1  # the last one that is on the disk
 

@@ -18,19 +18,17 @@ from typing import ClassVar, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+from transformers.training_args import OptimizerNames
 
 from llmkit.errors import UserError
+from llmkit.training.mixin import ArgumentsMixin
 
 RANGE_TEST = "range_test"
 
 
 @dataclass
-class ScheduleArguments:
-    """For TrainingArguments and its subclasses, before them in the list of bases: the schedule stated in one way.
-
-    A dataclass of its own, without TrainingArguments as a base: its fields would bring their defaults along, over
-    those of a subclass such as SFTConfig.
-    """
+class ScheduleArguments(ArgumentsMixin):
+    """The schedule of a run, stated in one way."""
 
     DECISIVE: ClassVar[set[str]] = {"lr_schedule", "min_lr_ratio", "decay_until_step"}
 
@@ -198,5 +196,6 @@ def create_schedule(
         try:
             return OneCycleLR(optimizer, peaks, num_steps, pct_start=warmup / num_steps if warmup else 0.3)
         except (ValueError, KeyError) as error:
-            raise UserError(f"one_cycle cycles beta1 or momentum, and optim={args.optim.value} has neither") from error
+            optim = OptimizerNames(args.optim).value
+            raise UserError(f"one_cycle cycles beta1 or momentum, and optim={optim} has neither") from error
     return LambdaLR(optimizer, lambda s: relative_learning_rate(args, num_steps, position(s), position(s + 1)))

@@ -77,7 +77,7 @@ def page(runs: list[Run], now: float) -> str:
 
 def content(runs: list[Run], now: float) -> dict:
     """What the page shows, as JSON can say it."""
-    shown = []
+    shown: list[dict] = []
     for name, run in zip(run_names(runs), runs, strict=True):
         key_figures = [[key, figure["text"], figure["note"]] for key, figure in figures(run).items()]
         about = {

@@ -148,8 +148,8 @@ def moving_average(values: np.ndarray, reach: int) -> np.ndarray:
     sums = np.concatenate([[0.0], np.where(finite, values, 0.0).cumsum()])
     counts = np.concatenate([[0], finite.cumsum()])
     index = np.arange(n)
-    reach = np.clip(np.minimum(index, n - 1 - index), reach // 4, reach)
-    low, high = np.maximum(index - reach, 0), np.minimum(index + reach + 1, n)
+    around = np.clip(np.minimum(index, n - 1 - index), reach // 4, reach)
+    low, high = np.maximum(index - around, 0), np.minimum(index + around + 1, n)
     with np.errstate(invalid="ignore"):
         return (sums[high] - sums[low]) / (counts[high] - counts[low])
 

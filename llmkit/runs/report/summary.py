@@ -95,7 +95,7 @@ def state(run: Run, now: float, alive: bool | None = None) -> dict[str, str]:
     kind, last = run.status, run.log[-1]
     percent = f" at {run.progress:.0%}" if run.progress is not None else ""
     times = [record["time"] for record in run.log[run.log.index(run.starts[-1]) :]]
-    text = {"finished": "finished", "diverged": f"loss not finite at step {last['step']:,}"}.get(kind)
+    text = f"loss not finite at step {last['step']:,}" if kind == "diverged" else kind
     if kind == "stopped":
         text = f"stopped{percent}, can be resumed"
     elif kind == "unfinished":
@@ -139,7 +139,7 @@ def last_value(run: Run, key: str) -> float | None:
     return next((record[key] for record in reversed(run.log) if key in record), None)
 
 
-def figures(run: Run) -> dict[str, dict[str, str | float]]:
+def figures(run: Run) -> dict[str, dict]:
     """The key figures by name: `text`, a `note`, and where runs can be ranked by it their `rank`, lowest best."""
     found = {}
     for metric in COMPARED:
