@@ -114,7 +114,7 @@ def set_up(args: "TrainingArguments") -> None:
     torch._dynamo.config.recompile_limit = 8 + args.per_device_train_batch_size
     # The end tokens within packed rows are no padding, as transformers takes them to be where both are one token.
     logging.getLogger("transformers.modeling_utils").addFilter(
-        lambda record: "pass in an `attention_mask`" not in str(record.msg)
+        lambda record: "passing in an `attention_mask`" not in str(record.msg)
     )
     if "wandb" in (args.report_to or ()):
         set_up_wandb()
