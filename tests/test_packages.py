@@ -20,6 +20,7 @@ PRIVATE = {
     "_can_record_outputs": "transformers.modeling_utils",
     "_cdata": "torch.storage",
     "_created_lr_scheduler": "transformers.trainer",
+    "_prepare_dataset": "trl.trainer.dpo_trainer",
     "_dynamo": "torch",
     "_get_grad_norm": "transformers.trainer",
     "_get_output_dir": "transformers.trainer",

@@ -5,6 +5,7 @@ import math
 import os
 import random
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,7 @@ def test_the_table_has_a_row_a_checkpoint_and_says_what_was_measured(run, questi
 def test_mistakes_are_one_line(run, questions, tmp_path, capsys, arguments, message):
     bare = tmp_path / "bare"
     AutoTokenizer.from_pretrained(run).save_pretrained(bare)
+    shutil.copy(run / "config.json", bare)  # a checkpoint, and no run
     places = {"run": run, "questions": questions, "tmp": tmp_path, "bare": bare}
     error = failing(capsys, *(argument.format(**places) for argument in arguments))
     assert message.format(**places) in error
