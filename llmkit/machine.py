@@ -8,9 +8,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
+
+from llmkit.console import say
+from llmkit.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, TrainingArguments
+    from transformers import PreTrainedModel
+
+    from llmkit.training.run_arguments import RunArguments
 
 
 @dataclass(frozen=True)
@@ -99,14 +105,63 @@ def set_up_generation(model: "PreTrainedModel") -> None:
         torch.set_num_threads(1)
 
 
-def set_up(args: "TrainingArguments") -> None:
+def why_not_compile(device_type: str, backend: str = "inductor", mode: str | None = None) -> str | None:
+    """The reason why torch.compile cannot be used here, or None. Tries it, which takes some seconds the first time.
+
+    Args:
+        device_type: "cpu" or "cuda".
+        backend, mode: of torch.compile.
+    """
+    from torch._dynamo.exc import TorchDynamoException  # private: the base class of what torch.compile raises
+    from torch._inductor.exc import InductorError  # private: likewise
+
+    def graph(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.gelu(x @ x).sum()
+
+    try:
+        x = torch.ones(16, 16, device=device_type, requires_grad=True)
+        torch.compile(graph, backend=backend, mode=mode)(x).backward()
+    except (TorchDynamoException, InductorError, RuntimeError, OSError, ImportError) as error:
+        return " ".join(str(error).split())[:120] or type(error).__name__
+    finally:
+        torch._dynamo.reset()  # private: forgets the graph, whose guards would stay with the run's
+    return None
+
+
+def settle_compile(args: "RunArguments") -> None:
+    """Train without torch.compile where it does not work and was llmkit's own choice. All ranks call it together.
+
+    Raises:
+        UserError: it does not work on some rank, and the recipe asks for it.
+    """
+    if not args.torch_compile:
+        return
+    reason = why_not_compile(args.device.type, args.torch_compile_backend or "inductor", args.torch_compile_mode)
+    reasons = [each for each in gather_object([reason]) if each]
+    if not reasons:
+        return
+    if not args.compiles_by_default:
+        raise UserError(
+            f"torch_compile: true, and torch.compile does not work here ({reasons[0]}): install a C++ compiler (on "
+            "Debian: apt install g++), or set torch_compile: false"
+        )
+    args.torch_compile, args.torch_compile_backend = False, None
+    if args.process_index == 0:
+        say(f"warning: torch.compile does not work here, so the run goes on without it ({reasons[0]})")
+
+
+def set_up(args: "RunArguments") -> None:
     """Set up this process for a training run, once, in a recipe's `main()`.
 
     Arguments and trainers leave the process alone; what a run wants of it is all here: threads and memory of a CPU,
-    torch.compile's limits, a warning that does not apply, and wandb without a login.
+    torch.compile and its limits, a warning that does not apply, and wandb without a login.
+
+    Raises:
+        UserError: the recipe asks for torch.compile, which does not work here.
     """
     if args.use_cpu:
         set_up_cpu()
+    settle_compile(args)
     import torch._dynamo.config
 
     # private: the limit can be raised in no other way. Each size of micro-batch of a growing batch is a graph of its

@@ -91,6 +91,18 @@ def recipe_path(name: str) -> Path:
     return own if Path(name).name == name and own.is_file() else existing_path(name)
 
 
+def kind_of(path: Path, fields: Sequence[str]) -> RecipeKind:
+    """The kind of a recipe: that which its file's name begins with, else the first one that its keys fit.
+
+    Args:
+        fields: of the command line, over the file's.
+    """
+    for kind in KINDS:
+        if path.name.startswith(f"{kind.name}_"):
+            return kind
+    return _other_kind(None, fields, path) or PRETRAIN
+
+
 def parse_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> tuple:
     """The filled dataclasses of a recipe. `--help` prints the fields and ends the program.
 
@@ -130,8 +142,8 @@ def check_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | s
     check_ranges(args)
 
 
-def _other_kind(kind: RecipeKind, argv: Sequence[str], default_config: Path | str) -> RecipeKind | None:
-    """Another kind, if the recipe and its command line are right as one of that kind."""
+def _other_kind(kind: RecipeKind | None, argv: Sequence[str], default_config: Path | str) -> RecipeKind | None:
+    """Another kind than this one, if the recipe and its command line are right as one of that kind."""
     from llmkit.recipe_parser import RecipeParser
 
     for other in KINDS:

@@ -1,5 +1,9 @@
 """What the machine is good for, told by names and questions that a test can give for it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -45,3 +49,44 @@ def test_a_small_model_generates_on_one_thread(width, threads):
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+# Takes a step with torch.compile as llmkit's own choice, which it is on a GPU, or as the recipe's.
+TRAIN = """
+import sys
+from torch.optim import SGD
+from torch.optim.lr_scheduler import ConstantLR
+from transformers import Trainer
+from llmkit import GPT2Config, GPT2LMHeadModel
+from llmkit.errors import UserError
+from llmkit.machine import set_up
+from llmkit.training.arguments import PretrainArguments
+
+args = PretrainArguments(
+    output_dir=sys.argv[1], use_cpu=True, max_steps=1, save_strategy="no", torch_compile=True, report_to="none"
+)
+args.compiles_by_default = sys.argv[2] == "default"
+try:
+    set_up(args)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=20, n_positions=8))
+    ids = list(range(8))
+    sgd = SGD(model.parameters())
+    data = [{"input_ids": ids, "labels": ids}] * 8
+    Trainer(model, args, train_dataset=data, optimizers=(sgd, ConstantLR(sgd))).train()
+except UserError as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize("choice", ["default", "stated"])
+def test_a_compiler_that_fails_is_done_without_unless_it_was_asked_for(tmp_path, choice):
+    environment = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", TRAIN, str(tmp_path / "run"), choice]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said, *others = done.stdout.splitlines()
+    if choice == "default":
+        assert said.startswith("warning: torch.compile does not work here, so the run goes on without it")
+        assert "train_loss" in others[-1]
+    else:
+        assert said.startswith("refused: torch_compile: true, and torch.compile does not work here") and not others

@@ -1,12 +1,13 @@
 """Commands before a run is paid for: `plan`, `doctor`."""
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.recipe_kinds import PRETRAIN, parse_recipe, recipe_path
+from llmkit.recipe_kinds import PRETRAIN, kind_of, parse_recipe, recipe_path
 
 
 def add_commands(nouns) -> None:
@@ -42,6 +43,13 @@ def add_commands(nouns) -> None:
     doctor.add_argument(
         "--output_dir", default="runs", help="The folder for runs, whose disk is checked (default: runs)."
     )
+    doctor.add_argument(
+        "--recipe",
+        nargs=argparse.REMAINDER,
+        metavar=("RECIPE", "--FIELD VALUE"),
+        help="Check what this recipe needs as well: its file, or the name of one of llmkit's own, at the end; any "
+        "field of the recipe can follow.",
+    )
     doctor.set_defaults(command=_doctor)
 
 
@@ -66,10 +74,21 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from llmkit.planning.doctor import ERROR, examine
+    folder, kind, recipe = args.output_dir, None, ()
+    if args.recipe == []:
+        raise UserError("--recipe: give a recipe's file or name after it")
+    if args.recipe:
+        path, fields = recipe_path(args.recipe[0]), args.recipe[1:]
+        kind = kind_of(path, fields)
+        recipe = parse_recipe(kind, fields, default_config=path)
+        folder = recipe[-1].output_dir
 
+    from llmkit.planning.doctor import ERROR, examine
+    from llmkit.planning.recipe_checks import examine_recipe
+
+    of_recipe = examine_recipe(kind, recipe) if kind else ()
     failed = False
-    for finding in examine(Path(args.output_dir).absolute()):
+    for finding in itertools.chain(examine(Path(folder).absolute()), of_recipe):
         print(f"{finding.name:>16}  {finding.state:7}  {finding.text}", flush=True)
         if finding.fix:
             print(f"{'':27}to mend it: {finding.fix}")

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from llmkit.machine import bf16_is_fast, peak_flops
+from llmkit.machine import bf16_is_fast, peak_flops, why_not_compile
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 ENOUGH_DISK = (
@@ -157,24 +157,6 @@ def compiler() -> Iterator[Finding]:
         yield Finding("torch.compile", OK, "compiled and ran a small graph")
 
 
-def why_not_compile(device_type: str) -> str | None:
-    """The reason why torch.compile cannot be used here, or None. Tries it, which takes some seconds the first time."""
-    from torch._dynamo.exc import TorchDynamoException  # private: the base class of what torch.compile raises
-    from torch._inductor.exc import InductorError  # private: likewise
-
-    def graph(x: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.gelu(x @ x).sum()
-
-    try:
-        x = torch.ones(16, 16, device=device_type, requires_grad=True)
-        torch.compile(graph)(x).backward()
-    except (TorchDynamoException, InductorError, RuntimeError, OSError, ImportError) as error:
-        return " ".join(str(error).split())[:120] or type(error).__name__
-    finally:
-        torch._dynamo.reset()  # private: forgets the graph, whose guards would stay with the run's
-    return None
-
-
 def four_bit_kernels() -> Iterator[Finding]:
     """One NF4 product of bitsandbytes, on the device that would train."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -256,7 +238,7 @@ def disk(folder: Path) -> Iterator[Finding]:
 def hub() -> Iterator[Finding]:
     """Whether the Hub answers, and who is logged in."""
     from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         user = HfApi().whoami()["name"] if get_token() else None
@@ -265,7 +247,7 @@ def hub() -> Iterator[Finding]:
             host, _, port = constants.ENDPOINT.split("//")[-1].split("/")[0].partition(":")
             default = 443 if constants.ENDPOINT.startswith("https") else 80
             socket.create_connection((host, int(port or default)), timeout=10).close()
-    except (OSError, OfflineModeIsEnabled) as error:
+    except Exception as error:  # no answer: of httpx or httpx2, by the version of huggingface_hub
         if isinstance(error, HfHubHTTPError) and error.response is not None and error.response.status_code == 401:
             fix = "log in again: hf auth login"
             yield Finding("hub", WARNING, f"{constants.ENDPOINT} answers, and refuses the token that is set", fix)

@@ -84,6 +84,7 @@ class PretrainArguments(RunArguments, OptimizerArguments, TrainingArguments):
             raise UserError(f"torch_compile: false, and {compiles} for torch.compile: set one of them")
         if self.torch_compile is None:
             self.torch_compile = on_cuda or bool(compiles)
+            self.compiles_by_default = not compiles
         if self.accelerator_config is None and on_cuda:
             # From pinned memory: otherwise each batch waits for the GPU to finish what it has queued.
             self.accelerator_config = {"non_blocking": True}

@@ -41,6 +41,8 @@ class RunArguments(ScheduleArguments, ReliabilityArguments, CheckpointingArgumen
         "num_train_epochs": ("train_minutes",),
     }
 
+    compiles_by_default = False  # no field: whether torch_compile was chosen here, and is not the user's word
+
     train_minutes: float | None = field(
         default=None,
         metadata={

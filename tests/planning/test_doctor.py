@@ -53,8 +53,9 @@ def test_a_disk_with_space_tells_its_speed(tmp_path):
     assert "MB/s" in found.text and list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_that_does_not_answer(tmp_path):
-    (found,) = run("hub", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_TOKEN="")
+@pytest.mark.parametrize("token", ["", "hf_some"])
+def test_a_hub_that_does_not_answer(tmp_path, token):
+    (found,) = run("hub", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_TOKEN=token)
     assert found.state == doctor.WARNING and "cannot be reached" in found.text
 
 
@@ -106,6 +107,29 @@ def test_a_gpu_build_without_a_driver():
         pytest.skip("needs PyTorch's CUDA build on a machine without a GPU")
     (found,) = doctor.cuda_build()
     assert found.state == doctor.ERROR and "finds no GPU" in found.text
+
+
+def test_a_recipe_brings_its_own_lines(capsys, monkeypatch):
+    from llmkit import cli
+    from llmkit.planning import recipe_checks
+    from llmkit.recipe_kinds import PRETRAIN
+
+    asked = []
+    monkeypatch.setattr(doctor, "examine", lambda folder: iter([doctor.Finding("a", doctor.OK, str(folder))]))
+
+    def examine_recipe(kind, recipe):
+        asked.append((kind, recipe[-1].max_steps))
+        yield doctor.Finding("b", doctor.ERROR, "no model")
+
+    monkeypatch.setattr(recipe_checks, "examine_recipe", examine_recipe)
+    with pytest.raises(SystemExit, match="1"):
+        cli.main(["doctor", "--recipe", "pretrain_quickstart", "--max_steps", "7"])
+    assert asked == [(PRETRAIN, 7)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("runs/pretrain_quickstart") and lines[1].split() == ["b", "error", "no", "model"]
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["doctor", "--recipe"])
+    assert "give a recipe" in capsys.readouterr().err
 
 
 def test_the_command_ends_with_the_status_of_its_worst_line(capsys, monkeypatch, tmp_path):

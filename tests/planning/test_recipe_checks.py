@@ -1,0 +1,130 @@
+"""What a recipe lacks on this machine is an error of `llmkit doctor --recipe`; each lack is made to happen."""
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from llmkit.planning import doctor
+from llmkit.planning.doctor import ERROR, OK, WARNING
+from llmkit.planning.recipe_checks import libraries
+from llmkit.recipe_kinds import DPO, PRETRAIN, SFT, kind_of, parse_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def files(kind: str, fields: list[str], **environment: str) -> dict[str, doctor.Finding]:
+    """What `recipe_checks.files` finds in a process of its own, for the Hub's client reads the environment once."""
+    code = (
+        "from llmkit.recipe_kinds import *; from llmkit.planning.recipe_checks import files; import sys; "
+        f"recipe = parse_recipe({kind}, sys.argv[1:], ''); print(list(files({kind}, recipe)))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "", **environment}
+    command = [sys.executable, "-c", code, *fields]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return {found.name: found for found in eval(done.stdout.splitlines()[-1], vars(doctor))}
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A Hub with one repository for all, one for those who accepted its conditions, and no other."""
+
+    def do_GET(self):
+        status, code = 404, "RepoNotFound"
+        if self.path.endswith("/me/there"):
+            status, code = 200, ""
+        elif self.path.endswith("/me/gated"):
+            status, code = 403, "GatedRepo"
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.end_headers()
+        self.wfile.write(b'{"id": "me/there", "sha": "0123456789abcdef"}' if status == 200 else b"{}")
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_is_on_the_hub_and_what_is_not(tmp_path):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    recipe = ["--config", str(RECIPES / "dpo_qlora.yaml"), "--use_cpu", "true"]
+    fields = ["--dataset_name", "me/gated", "--adapter", "me/there", "--model", "me/nothing"]
+    try:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        found = files("DPO", recipe + fields, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+    finally:
+        server.shutdown()
+    assert found["adapter"].state == OK and "01234567" in found["adapter"].text
+    assert found["dataset"].state == ERROR and "conditions" in found["dataset"].fix
+    assert found["model"].state == ERROR and "is not on the Hub" in found["model"].text
+
+
+def test_without_a_network_what_was_downloaded_is_there(tmp_path):
+    repository = tmp_path / "hub" / "models--me--cached"
+    (repository / "snapshots" / "abc").mkdir(parents=True)
+    (repository / "snapshots" / "abc" / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    recipe = ["--config", str(RECIPES / "sft_qlora.yaml"), "--use_cpu", "true", "--model", "me/cached"]
+    found = files("SFT", recipe, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    assert found["model"].state == WARNING and "was downloaded earlier" in found["model"].text
+    assert found["dataset"].state == ERROR and "cannot be reached" in found["dataset"].text
+
+
+def test_folders_that_are_here_and_that_are_not(tmp_path):
+    (tmp_path / "base").mkdir()
+    recipe = ["--config", str(RECIPES / "sft_qlora_quickstart.yaml"), "--model", str(tmp_path / "base")]
+    recipe += ["--dataset_name", str(tmp_path / "nope"), "--use_cpu", "true"]
+    found = files("SFT", recipe)
+    assert found["model"].state == OK
+    assert found["dataset"].state == ERROR and "there is no such file or folder" in found["dataset"].text
+
+
+def test_prepared_text_is_not_asked_for(tmp_path):
+    (tmp_path / "manifest.json").touch()
+    recipe = ["--config", str(RECIPES / "pretrain_gpt2_124m.yaml"), "--data_dir", str(tmp_path), "--use_cpu", "true"]
+    recipe += ["--tokenizer", str(tmp_path)]
+    assert list(files("PRETRAIN", recipe)) == ["tokenizer"]
+
+
+def test_what_a_key_asks_for(tmp_path, monkeypatch):
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    fields = ["--push_to_hub", "true", "--report_to", "wandb", "--use_cpu", "true"]
+    recipe = parse_recipe(SFT, fields, RECIPES / "sft_qlora.yaml")
+    found = {each.name: each for each in libraries(SFT, recipe)}
+    assert found["4-bit kernels"].state == OK
+    assert found["wandb"].state == WARNING
+    assert found["push_to_hub"].state == ERROR
+
+
+def test_a_compiler_that_a_recipe_asks_for_is_an_error(tmp_path):
+    code = (
+        "from llmkit.recipe_kinds import *; from llmkit.planning.recipe_checks import libraries; import sys; "
+        "print(list(libraries(PRETRAIN, parse_recipe(PRETRAIN, sys.argv[1:], ''))))"
+    )
+    recipe = ["--config", str(RECIPES / "pretrain_quickstart.yaml"), "--use_cpu", "true", "--torch_compile", "true"]
+    environment = {**os.environ, "CXX": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code, *recipe]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    (found,) = eval(done.stdout.splitlines()[-1], vars(doctor))
+    assert found.state == ERROR and found.name == "torch.compile"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "kind"),
+    [
+        ("sft_mine.yaml", "", SFT),
+        ("mine.yaml", "lora_r: 4\nbeta: 0.2\n", DPO),
+        ("mine.yaml", "n_layer: 2\n", PRETRAIN),
+    ],
+)
+def test_the_kind_of_a_recipe(tmp_path, name, text, kind):
+    (tmp_path / name).write_text(f"output_dir: x\n{text}")
+    assert kind_of(tmp_path / name, []) is kind
