@@ -7,6 +7,7 @@ import os
 import time
 import typing
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -62,8 +63,30 @@ def add_commands(nouns) -> None:
     prepare.add_argument("--output", required=True, help="The folder for tokenizer and shards.")
     _add_corpus_flags(prepare)
     add_fields(prepare, ("tokenizer", "vocab_size", "validation_fraction", "validation_split"))
-    prepare.add_argument("--num_workers", type=int, help="The number of threads that tokenize (default: all cores).")
+    prepare.add_argument(
+        "--num_workers",
+        type=int,
+        help="The number of threads that tokenize (default: all cores; with --executor, one for each task).",
+    )
     prepare.add_argument("--shard_tokens", type=int, help="The number of tokens of a shard (default: 100,000,000).")
+    tasks = prepare.add_argument_group(
+        "several tasks or machines", "These need datatrove: pip install 'llmkit[scale]'. See docs/scale.md."
+    )
+    tasks.add_argument(
+        "--executor", choices=("local", "slurm", "ray"), help="Divide the work into tasks, and say where they run."
+    )
+    tasks.add_argument("--tasks", type=int, help="The number of tasks, which decides how the shards are cut.")
+    tasks.add_argument(
+        "--workers",
+        type=int,
+        help="The number of tasks that run at a time (default: all cores; no limit on slurm and ray).",
+    )
+    tasks.add_argument(
+        "--slurm",
+        nargs="+",
+        metavar="OPTION=VALUE",
+        help="What sbatch is told, such as partition=cpu time=4:00:00 mem-per-cpu=4G. The first two are needed.",
+    )
     prepare.set_defaults(command=_prepare_shards)
 
 
@@ -190,6 +213,7 @@ def _read_text(source: str) -> str:
 
 
 def _prepare_shards(args: argparse.Namespace) -> None:
+    in_tasks = _task_options(args)
     if args.tokenizer not in ("bpe", "character"):
         args.tokenizer = _tokenizer_path(args.tokenizer)
 
@@ -199,6 +223,43 @@ def _prepare_shards(args: argparse.Namespace) -> None:
     fields = {
         field.name: getattr(args, field.name) for field in dataclasses.fields(DataArguments) if field.name in args
     }
-    _, manifest = prepare_pretraining_data(DataArguments(**fields, data_dir=args.output), **how)
+    data_args = DataArguments(**fields, data_dir=args.output)
+    if in_tasks:
+        manifest = _prepare_in_tasks(data_args, in_tasks | how)
+        if manifest is None:  # Slurm has the jobs
+            return
+    else:
+        _, manifest = prepare_pretraining_data(data_args, **how)
     train, validation = manifest.splits["train"], manifest.splits["validation"]
     print(f"{train.tokens:,} tokens to train on and {validation.tokens:,} for validation in {args.output}")
+
+
+def _task_options(args: argparse.Namespace) -> dict:
+    """What was said about tasks; nothing where one process does all."""
+    given = {name: value for name in ("tasks", "workers", "slurm") if (value := getattr(args, name)) is not None}
+    if args.executor is None:
+        if given:
+            raise UserError(f"{next(iter(given))} is for work in several tasks: give --executor local, slurm or ray")
+        return {}
+    if args.tasks is None:
+        raise UserError("tasks is missing: say into how many parts the text is divided, such as --tasks 16")
+    if args.slurm and args.executor != "slurm":
+        raise UserError(f"slurm is for --executor slurm, not for {args.executor}: leave it out")
+    return {"executor": args.executor} | given
+
+
+def _prepare_in_tasks(data_args: DataArguments, how: dict):
+    needed = ("datatrove", "ray") if how["executor"] == "ray" else ("datatrove",)
+    if missing := [name for name in needed if find_spec(name) is None]:
+        extra = {"datatrove": "'llmkit[scale]'", "ray": "'datatrove[ray]'"}[missing[0]]
+        raise UserError(f"executor={how['executor']} needs {missing[0]}, which is not installed: pip install {extra}")
+
+    from llmkit.data.executors import prepare_in_tasks
+    from llmkit.data.prepare import opened_source
+
+    with opened_source(data_args) as (corpus, tokenizer, directory):
+        split = {
+            "validation_fraction": data_args.validation_fraction,
+            "validation_split": data_args.validation_split,
+        }
+        return prepare_in_tasks(corpus, tokenizer, directory, **split, **how)

@@ -3,6 +3,8 @@
 A corpus is a sequence of documents in a fixed order. Empty documents (no character at all) are not part of it.
 """
 
+import bisect
+import copy
 import hashlib
 import itertools
 import json
@@ -23,11 +25,13 @@ from llmkit.data.files import (
     remote_version,
     table_kind,
 )
-from llmkit.data.readers import TextFile, read_table, rows_of_arrow, table_text_bytes
+from llmkit.data.readers import TextFile, read_table, row_group_bytes, rows_of_arrow, table_text_bytes
 from llmkit.data.sample_data import stdlib_sources
 from llmkit.data.tokenizer import split_document
 from llmkit.errors import UserError
 from llmkit.hub_access import ask_hub_once
+
+FILES_A_PART = 8  # with so many files for each part, files need not be divided for parts of about the same size
 
 
 class Corpus(ABC):
@@ -61,6 +65,16 @@ class Corpus(ABC):
     @abstractmethod
     def num_bytes(self) -> int | None:
         """UTF-8 bytes of text: exact for text files, else an estimate, or None where only reading all would tell."""
+
+    def divided(self, count: int) -> Sequence["Corpus"]:
+        """Parts of about equal size, in the order of the corpus: one after the other they are its documents.
+
+        The parts can be sent to other processes, and their files are not checked again.
+
+        Raises:
+            UserError: it cannot be divided so often.
+        """
+        raise UserError(f"{self.description}: it cannot be divided into tasks")
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -113,6 +127,7 @@ class FileCorpus(Corpus):
 
     def __init__(self, files: list[str], text_column: str, description: str, remarks: Sequence[str] = ()):
         self.files, self.text_column = files, text_column
+        self.row_groups: dict[str, list[int]] = {}  # of Parquet files of which a part has not all rows
         self.description, self.remarks = description, remarks
         self.name = folder_name(description.split(" (")[0])
         # The first rows of one table: their column and its type are what people get wrong.
@@ -129,7 +144,8 @@ class FileCorpus(Corpus):
     def _documents(self, files: list[str]) -> Iterator[Iterable[str]]:
         for file in files:
             if table_kind(file):
-                yield from (list(split_document(text)) for text in read_table(file, self.text_column))
+                texts = read_table(file, self.text_column, self.row_groups.get(file))
+                yield from (list(split_document(text)) for text in texts)
             else:
                 text = TextFile(file)
                 start = list(itertools.islice(text, 2))
@@ -137,6 +153,29 @@ class FileCorpus(Corpus):
 
     def num_bytes(self) -> int:
         return sum(_text_bytes(file, self.text_column) for file in self.files)
+
+    def divided(self, count: int) -> Sequence[Corpus]:
+        units: list[tuple[str, int | None, int]] = []  # a file, its row group or None for all of it, bytes
+        for file in self.files:
+            if len(self.files) < FILES_A_PART * count and table_kind(file) == "parquet":
+                groups = row_group_bytes(file, self.text_column)
+                units += [(file, number, size) for number, size in enumerate(groups)]
+            else:
+                units.append((file, None, file_size(file)))
+        if count > len(units):
+            raise UserError(
+                f"{self.description}: it can be divided into {len(units):,} parts at most (files, and row groups of "
+                f"Parquet files), not {count:,}: give fewer tasks"
+            )
+        parts = []
+        for part_units in _balanced(units, count):
+            part = copy.copy(self)
+            part.files, part.row_groups = list(dict.fromkeys(file for file, _, _ in part_units)), {}
+            for file, group, _ in part_units:
+                if group is not None:
+                    part.row_groups.setdefault(file, []).append(group)
+            parts.append(part)
+        return parts
 
     def fingerprint(self) -> str:
         column = self.text_column if any(map(table_kind, self.files)) else None
@@ -151,12 +190,13 @@ class DatasetCorpus(Corpus):
     """
 
     def __init__(self, name: str, config: str | None, split: str, text_column: str, streaming: bool):
-        from datasets import ReadInstruction, load_dataset_builder
+        from datasets import IterableDataset, ReadInstruction, load_dataset_builder
         from datasets.exceptions import DatasetsError
 
         self.dataset, self.config, self.split = name, config, split
         self.text_column = text_column
         self.streaming = streaming
+        self._part: tuple[int, int] | None = None  # which of how many, in a corpus that is divided
         shown = Path(name).name if os.path.isdir(name) else name
         self.name = folder_name(base_name(name))
         self.description = f"dataset {shown}{f' ({config})' if config else ''}, split {split}"
@@ -169,9 +209,11 @@ class DatasetCorpus(Corpus):
         try:
             ReadInstruction.from_spec(split)  # before anything is downloaded
             self._builder = load_dataset_builder(name, config)
-            self._stream = [self._builder.as_streaming_dataset(split=part) for part in whole][0]
+            stream = [self._builder.as_streaming_dataset(split=part) for part in whole][0]
         except (DatasetsError, ValueError, AssertionError, OSError) as error:
             raise UserError(f"dataset {name}: {error}") from error
+        assert isinstance(stream, IterableDataset), "one split was asked for"
+        self._stream = stream
         # The first rows, from the stream even if all is downloaded later, so that a wrong column shows before that.
         if next(self._texts(self._stream), None) is None:
             raise UserError(f"{self.description}: no documents, for {text_column!r} is empty in every row")
@@ -184,6 +226,8 @@ class DatasetCorpus(Corpus):
         return rows_of_arrow(batches, self.text_column, f"dataset {self.dataset}")
 
     def in_pieces(self, skip: int = 0) -> Iterator[Iterable[str]]:
+        from datasets import Dataset, IterableDataset
+
         rows = self._stream
         if not self.streaming:
             self._builder.download_and_prepare()
@@ -191,7 +235,27 @@ class DatasetCorpus(Corpus):
                 rows = self._builder.as_dataset(split=self.split)
             except (ValueError, AssertionError) as error:  # as a part that lies beyond the split's end
                 raise UserError(f"{self.description}: {error}") from error
+        if self._part:
+            assert isinstance(rows, Dataset | IterableDataset), "one split was asked for"
+            index, count = self._part
+            rows = rows.shard(num_shards=count, index=index, contiguous=True)
         return (list(split_document(text)) for text in itertools.islice(self._texts(rows), skip, None))
+
+    def divided(self, count: int) -> Sequence[Corpus]:
+        """Into parts of consecutive rows; of a dataset that is streamed, of consecutive files."""
+        if self.streaming and count > (files := self._stream.num_shards):
+            raise UserError(
+                f"{self.description}: streaming, it can be divided into {files:,} parts at most (its files), "
+                f"not {count:,}: give fewer tasks, or leave out streaming"
+            )
+        if not self.streaming:
+            self._builder.download_and_prepare()  # once, and not in each task
+        parts = []
+        for index in range(count):
+            part = copy.copy(self)
+            part._part = (index, count)
+            parts.append(part)
+        return parts
 
     def num_bytes(self) -> int | None:
         if self._is_part:
@@ -209,6 +273,20 @@ class DatasetCorpus(Corpus):
         # A file on the Hub has the commit in its address, hf://datasets/name@commit/path.
         files = content_hash(self._files) if self._is_local else [self.dataset, *self._files]
         return _hash(self.config, self.split, self.text_column, files)
+
+
+def _balanced(units: list[tuple[str, int | None, int]], count: int) -> Iterator[list[tuple[str, int | None, int]]]:
+    """`count` runs of consecutive units, none empty, of about the same size together."""
+    ends = list(itertools.accumulate(size for _, _, size in units))
+    start = 0
+    for part in range(1, count + 1):
+        goal = ends[-1] * part / count
+        stop = bisect.bisect_right(ends, goal, lo=start)
+        if stop < len(units) and ends[stop] - goal < goal - (ends[stop - 1] if stop else 0):
+            stop += 1  # nearer to the goal
+        stop = min(max(stop, start + 1), len(units) - (count - part)) if part < count else len(units)
+        yield units[start:stop]
+        start = stop
 
 
 def folder_name(text: str) -> str:

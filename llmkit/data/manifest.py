@@ -25,6 +25,7 @@ from llmkit.files import checksum, write_json
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
 MANIFEST, JOURNAL = "manifest.json", "journal.json"  # the journal is there while shards are being written
+PARTS = "parts"  # a folder, there while several tasks write shards
 
 
 @strict
@@ -146,7 +147,8 @@ def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | No
     directory = Path(shard_dir)
     path = directory / MANIFEST
     if not path.exists():
-        unfinished = "its preparation did not finish: run it again" if (directory / JOURNAL).exists() else "no shards"
+        begun = (directory / JOURNAL).exists() or (directory / PARTS).exists()
+        unfinished = "its preparation did not finish: run it again" if begun else "no shards"
         raise UserError(f"{directory}: {unfinished} ({MANIFEST} is missing)")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))

@@ -43,6 +43,21 @@ def prepare_pretraining_data(args: DataArguments, **how: int) -> tuple[PreTraine
         _check_source(directory, args)
         tokenizer = load_tokenizer(str(directory / TOKENIZER) if _is_trained(args) else args.tokenizer)
         return tokenizer, load_manifest(directory, tokenizer)
+    with opened_source(args) as (corpus, tokenizer, directory):
+        split = {"validation_fraction": args.validation_fraction, "validation_split": args.validation_split}
+        manifest = prepare_shards(corpus, tokenizer, directory, **split, **how)
+    return tokenizer, manifest
+
+
+@contextmanager
+def opened_source(args: DataArguments) -> Iterator[tuple[Corpus, PreTrainedTokenizerBase, Path]]:
+    """The corpus, the tokenizer (trained now if that has not been done), and the folder for shards, which is checked.
+
+    A folder that is new stays only if what is done with it succeeds, or leaves shards to go on from.
+
+    Raises:
+        UserError: what `open_corpus` and `load_tokenizer` refuse; or the folder holds something else.
+    """
     corpus = open_corpus(
         args.text_files,
         args.dataset_name,
@@ -57,15 +72,7 @@ def prepare_pretraining_data(args: DataArguments, **how: int) -> tuple[PreTraine
     with _new_or_removed(directory):
         tokenizer = _write_source_once(args, corpus, directory) or tokenizer
         assert tokenizer is not None, "trained just now, or loaded"
-        manifest = prepare_shards(
-            corpus,
-            tokenizer,
-            directory,
-            validation_fraction=args.validation_fraction,
-            validation_split=args.validation_split,
-            **how,
-        )
-    return tokenizer, manifest
+        yield corpus, tokenizer, directory
 
 
 def _is_elsewhere(args: DataArguments) -> bool:
@@ -96,7 +103,7 @@ def _new_or_removed(directory: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if is_new and not list(directory.glob("*.bin*")):
+        if is_new and not any(directory.rglob("*.bin*")):
             shutil.rmtree(directory, ignore_errors=True)
         raise
 

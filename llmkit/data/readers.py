@@ -70,22 +70,44 @@ class TextFile:
                 position += len(block)
 
 
-def read_table(file: str, text_column: str) -> Iterator[str]:
+def read_table(file: str, text_column: str, row_groups: list[int] | None = None) -> Iterator[str]:
     """The texts in one column of a JSON, JSONL or Parquet file, without the empty ones.
+
+    Args:
+        row_groups: those of a Parquet file that are read; all by default.
 
     Raises:
         UserError: a damaged file, no such column, a value that is not text.
     """
-    return (_read_json if table_kind(file) == "json" else _read_parquet)(file, text_column)
+    if table_kind(file) == "json":
+        return _read_json(file, text_column)
+    return _read_parquet(file, text_column, row_groups)
 
 
-def _read_parquet(file: str, text_column: str) -> Iterator[str]:
+def row_group_bytes(file: str, text_column: str) -> list[int]:
+    """Bytes of text in each row group of a Parquet file."""
+    import pyarrow.parquet as pq
+
+    with reading(file), open_file(file) as opened:
+        metadata = pq.ParquetFile(opened).metadata
+    return [
+        sum(
+            column.total_uncompressed_size
+            for column in map(metadata.row_group(i).column, range(metadata.num_columns))
+            if column.path_in_schema == text_column
+        )
+        for i in range(metadata.num_row_groups)
+    ]
+
+
+def _read_parquet(file: str, text_column: str, row_groups: list[int] | None) -> Iterator[str]:
     import pyarrow.parquet as pq
 
     with reading(file), open_file(file) as opened:
         table = pq.ParquetFile(opened)
         _check_column(table.schema_arrow, text_column, file)
-        yield from rows_of_arrow(table.iter_batches(batch_size=1000, columns=[text_column]), text_column, file)
+        batches = table.iter_batches(batch_size=1000, row_groups=row_groups, columns=[text_column])
+        yield from rows_of_arrow(batches, text_column, file)
 
 
 def rows_of_arrow(batches: Iterable, text_column: str, source: str) -> Iterator[str]:
@@ -162,13 +184,7 @@ def _json_rows(opened, file: str) -> Iterator[tuple[int, object]]:
 def table_text_bytes(file: str, text_column: str) -> int:
     """UTF-8 bytes of text in a local file that is a table or compressed, estimated without reading all of it."""
     if table_kind(file) == "parquet":
-        import pyarrow.parquet as pq
-
-        with reading(file):
-            metadata = pq.read_metadata(file)
-        groups = [metadata.row_group(i) for i in range(metadata.num_row_groups)]
-        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
-        return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == text_column)
+        return sum(row_group_bytes(file, text_column))
     # From the start: how far the file is compressed, and how much of its lines is text.
     unpack = compr[infer_compression(file)]  # pyrefly: ignore[bad-index]  fsspec's table is typed by its first key
     with reading(file), open(file, "rb") as raw, unpack(raw, mode="rb") as content:

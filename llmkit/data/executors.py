@@ -1,0 +1,180 @@
+"""Preparing shards with datatrove: its executors run the tasks of `parts.py` here, on Slurm, or on Ray.
+
+This module needs the `scale` extra. All machines have to see the shards' folder, and local files of text, under the
+same paths.
+"""
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from datatrove.executor.base import PipelineExecutor
+from datatrove.executor.local import LocalPipelineExecutor
+from datatrove.executor.ray import RayPipelineExecutor
+from datatrove.executor.slurm import SlurmPipelineExecutor
+from datatrove.pipeline.base import PipelineStep
+from datatrove.utils.logging import logger
+
+from llmkit.console import say
+from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
+from llmkit.data.parts import Parts
+from llmkit.data.preparation import check_settings
+from llmkit.data.shards import shard_settings, working_alone
+from llmkit.errors import UserError
+
+LOGS = "logs"  # datatrove's, in the shards' folder: of each task, and which of them have finished
+
+
+class PreparePart(PipelineStep):
+    """The first step and the only one: the shards of the part that belongs to the task's rank."""
+
+    type, name = "🔢 - TOKENIZER", "llmkit shards"
+
+    def __init__(self, parts: Parts):
+        super().__init__()
+        self.parts = parts
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        with _logged_in_one_line():
+            for split, shards in self.parts.prepare(rank).items():
+                for count in ("tokens", "documents", "bytes"):
+                    total = sum(getattr(shard, count) for shard in shards)
+                    self.stat_update(f"{split}_{count}", value=total, unit="task")
+
+
+class MergeParts(PipelineStep):
+    """The last task, where no process waits for the others."""
+
+    type, name = "🫂 - COMBINER", "llmkit shards"
+
+    def __init__(self, parts: Parts):
+        super().__init__()
+        self.parts = parts
+
+    def run(self, data=None, rank: int = 0, world_size: int = 1) -> None:
+        with _logged_in_one_line():
+            self.parts.merge()
+
+
+@contextmanager
+def _logged_in_one_line() -> Iterator[None]:
+    """Keep datatrove from writing a traceback of what a user can mend."""
+    logger.enable("datatrove.executor")  # a worker does several tasks
+    try:
+        yield
+    except UserError as error:
+        logger.error(str(error))
+        logger.disable("datatrove.executor")
+        raise
+
+
+def prepare_in_tasks(
+    corpus,
+    tokenizer,
+    shard_dir: str | Path,
+    *,
+    executor: str,
+    tasks: int,
+    workers: int | None = None,
+    slurm: Sequence[str] = (),
+    validation_fraction: float,
+    validation_split: str,
+    shard_tokens: int = 100_000_000,
+    num_workers: int = 1,
+) -> Manifest | None:
+    """`prepare_shards` in several tasks, which may run on several machines. What is finished is not done again.
+
+    Args:
+        executor: "local", "slurm" or "ray".
+        tasks: into how many parts the corpus is divided. The shards are the same for the same number.
+        workers: how many tasks run at a time: all cores by default, no limit on Slurm and Ray.
+        slurm: what `sbatch` is told, as "partition=cpu"; "partition" and "time" are needed.
+        num_workers: threads of each task.
+
+    Returns:
+        The manifest; None for Slurm, where the jobs have been submitted and may not have begun.
+
+    Raises:
+        UserError: what `prepare_shards` refuses; a task that failed, and what it said.
+    """
+    if tasks < 1 or num_workers < 1 or (workers is not None and workers < 1):
+        raise UserError(f"tasks ({tasks}), workers ({workers}) and num_workers ({num_workers}) have to be positive")
+    options = _slurm_options(slurm) if executor == "slurm" else {}
+    settings = shard_settings(corpus, tokenizer, validation_fraction, validation_split, shard_tokens)
+    directory = Path(shard_dir)
+    if (directory / MANIFEST).exists():
+        manifest = load_manifest(directory)
+        check_settings(directory, manifest.settings, settings)
+        return manifest
+    with working_alone(directory):
+        parts = Parts(corpus, tokenizer, directory, settings, tasks, num_workers)
+    logs = directory.absolute() / LOGS
+    if executor == "slurm":
+        _submit(parts, logs, workers, options)
+        return None
+    how = {"tasks": tasks, "logging_dir": str(logs / "tasks")}
+    if executor == "local":
+        run: PipelineExecutor = LocalPipelineExecutor(
+            [PreparePart(parts)], workers=min(tasks, workers or os.cpu_count() or 1), **how
+        )
+    else:
+        import ray
+
+        ray.init(ignore_reinit_error=True)  # the cluster of RAY_ADDRESS, or this machine
+        run = RayPipelineExecutor([PreparePart(parts)], workers=workers or -1, cpus_per_task=num_workers, **how)
+    try:
+        run.run()
+    finally:
+        logger.enable("datatrove.executor")
+    if failed := run.get_incomplete_ranks():
+        raise UserError(
+            f"{directory}: {len(failed):,} of {tasks:,} tasks failed, the first is task {failed[0]} (its log is "
+            f"{logs}/tasks/logs/task_{failed[0]:05d}.log): mend it and give the command again, only these are run"
+        )
+    return parts.merge()
+
+
+def _slurm_options(given: Sequence[str]) -> dict[str, str]:
+    options = {name: value for name, _, value in (text.lstrip("-").partition("=") for text in given)}
+    for name in ("partition", "time"):
+        if not options.get(name):
+            raise UserError(f"slurm: {name} is missing: give --slurm partition=NAME time=HH:MM:SS")
+    return options
+
+
+def _submit(parts: Parts, logs: Path, workers: int | None, options: Mapping[str, str]) -> None:
+    """Submit the tasks as an array of jobs, and after it a job that merges."""
+    others = {name: value for name, value in options.items() if name not in ("partition", "time", "qos")}
+    how = {
+        "time": options["time"],
+        "partition": options["partition"],
+        "qos": options.get("qos", ""),
+        "cpus_per_task": parts.num_workers,
+        "sbatch_args": others,
+        # The jobs find this environment's commands, whether or not it was activated.
+        "env_command": f'export PATH="{Path(sys.executable).parent}:$PATH"',
+    }
+    name = parts.directory.name
+    prepare = SlurmPipelineExecutor(
+        [PreparePart(parts)],
+        tasks=len(parts.corpora),
+        workers=workers or -1,
+        logging_dir=str(logs / "tasks"),
+        job_name=f"shards-{name}",
+        **how,
+    )
+    merge = SlurmPipelineExecutor(
+        [MergeParts(parts)],
+        tasks=1,
+        logging_dir=str(logs / "merge"),
+        job_name=f"merge-{name}",
+        depends=prepare,
+        **how,
+    )
+    try:
+        merge.run()
+    except FileNotFoundError as error:
+        raise UserError(f"slurm: {error.filename} is not there: run this where jobs are submitted") from error
+    say(f"shards: submitted; the folder is a dataset when the job merge-{name} has ended. Logs are in {logs}")
