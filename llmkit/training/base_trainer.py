@@ -93,6 +93,12 @@ class ExactTrainer(WholeCheckpoints):
         self.add_callback(self.stop_on_request)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)
+        # Trainer seeds all ranks alike, and they would drop out the same units. The order of the data is stated apart,
+        # for accelerate would take it from each rank's own seed.
+        config = self.accelerator.dataloader_config
+        config.data_seed = self.args.seed if config.data_seed is None else config.data_seed
+        if self.args.process_index > 0:
+            torch.manual_seed(self.args.seed + self.args.process_index)
         self.resources = ResourceUse(self.args.device)
         self.add_callback(LiveReport)
 

@@ -102,10 +102,6 @@ class PretrainTrainer(ExactTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             assert plugin is not None, "under FSDP"
             keep_sums_in_float32(plugin)
-        # Trainer seeds all ranks alike, and they would drop out the same units. In fine-tuning that stays, for its
-        # sampler takes the order of all ranks from this seed.
-        if args.process_index > 0:
-            torch.manual_seed(args.seed + args.process_index)
         self.monitor = ParameterMonitor(model, args.monitor_steps) if args.monitor_steps else None
         if self.monitor:
             self.add_callback(self.monitor)
