@@ -46,6 +46,21 @@ def expand_homes(arguments: object, *names: str) -> None:
             setattr(arguments, name, os.path.expanduser(value))
 
 
+def check_names(arguments: object, *names: str) -> None:
+    """As `expand_homes`, of attributes that may be names on the Hub: a local path has to be there.
+
+    Raises:
+        UserError: as `expand_homes` and `local_path`.
+    """
+    expand_homes(arguments, *names)
+    for name in names:
+        if (value := getattr(arguments, name)) is not None:
+            try:
+                local_path(value)
+            except UserError as error:
+                raise UserError(f"{name}={error}") from None
+
+
 def last_name(path: str) -> str:
     """The last part of a path of any system; `~` for a home, whose last part is somebody's name."""
     path = path.rstrip("/\\")

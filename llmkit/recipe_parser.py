@@ -82,7 +82,9 @@ class RecipeParser(HfArgumentParser):
         # The file alone, so that what is wrong in it is said of it; then the command line after it, which so wins.
         self.source = f"{config}: "
         self.parse_args(file_argv)
+        self._check_texts(file_argv)
         self.source = ""
+        self._check_texts(argv)
         if unknown := self.parse_known_args(argv)[1]:
             self._refuse_unknown(unknown[0])
         try:
@@ -101,6 +103,15 @@ class RecipeParser(HfArgumentParser):
             if isinstance(value, list) and actions[f"--{key}"].nargs != "+":
                 raise UserError(f"{config}: {key} takes one value, not a list: {value}")
         return content
+
+    def _check_texts(self, argv: list[str]) -> None:
+        """Refuse what no value can be: an empty text, and a NUL, which ends a string for the system."""
+        key = ""
+        for text in argv:
+            key = _key(text) or key
+            value = text.partition("=")[2] if text.startswith("--") and "=" in text else text
+            if not value or "\0" in value:
+                raise UserError(f"{self.source}{key} is {value!r}: give a value, or null for the default")
 
     def _refuse_unknown(self, given: str, source: str = "") -> NoReturn:
         known = [option.lstrip("-") for action in self._actions for option in action.option_strings]

@@ -1,11 +1,11 @@
 """Where the text of a pretraining run comes from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from llmkit.errors import UserError
-from llmkit.paths import expand_homes
+from llmkit.paths import check_names, expand_homes
 
 MIN_VOCAB_SIZE = 256 + 1  # of a byte-level BPE: every byte, and the end of text
 MAX_VOCAB_SIZE = 1 << 20  # four times the largest vocabulary in use; training one takes memory for each token
@@ -59,11 +59,8 @@ class DataArguments:
     )
 
     def __post_init__(self):
-        for name in (f.name for f in fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, str) and (not value.strip() or "\0" in value):
-                raise UserError(f"{name} is {value!r}: give a value, or leave it out")
-        expand_homes(self, "data_dir", "dataset_name", "tokenizer")
+        expand_homes(self, "data_dir")
+        check_names(self, "dataset_name", "tokenizer")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction}: it lies between 0 and 1, such as 0.01")
         if self.text_files and self.dataset_name:

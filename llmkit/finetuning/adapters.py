@@ -16,8 +16,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
@@ -32,7 +30,8 @@ from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.finetuning.conversations import add_chat_template
 from llmkit.hub_access import ask_hub_once
-from llmkit.paths import expand_homes, local_path
+from llmkit.model.opening import open_config, open_model
+from llmkit.paths import check_names, local_path
 from llmkit.runs.run import QUANTIZATION_CONFIG
 
 # The files of an adapter, as patterns.
@@ -63,11 +62,16 @@ class AdapterArguments:
     )
 
     def __post_init__(self):
-        expand_homes(self, "model")
+        check_names(self, "model")
         if self.lora_r < 1 or self.lora_alpha < 1:
             raise UserError(f"lora_r={self.lora_r}, lora_alpha={self.lora_alpha}: must be at least 1")
         if not 0 <= self.lora_dropout < 1:
             raise UserError(f"lora_dropout={self.lora_dropout}: must be at least 0 and below 1")
+        if "/" in self.attn_implementation:
+            raise UserError(
+                f"attn_implementation={self.attn_implementation}: only code of installed packages is run, not that "
+                "of a kernel on the Hub: choose sdpa, eager or flash_attention_2"
+            )
 
     def lora_config(self, base: PreTrainedModel) -> LoraConfig:
         """LoRA on every linear layer but the head; the base is named, and pinned to its commit where it has one."""
@@ -124,7 +128,7 @@ def load_base_config(args: AdapterArguments) -> PreTrainedConfig:
             ask_hub_once()
             file = cached_file(args.model, "config.json", revision=args.model_revision)
             args.model_revision = extract_commit_hash(file, None)
-        config = AutoConfig.from_pretrained(args.model, revision=args.model_revision, trust_remote_code=False)
+        config = open_config(args.model, args.model_revision)
     except (OSError, ValueError) as error:
         place = "no model in this folder" if Path(args.model).is_dir() else "no folder here, and not read from the Hub"
         raise UserError(f"model={args.model}: {place} ({reason(error)})") from error
@@ -186,15 +190,13 @@ def load_base_model(args: AdapterArguments, dtype: torch.dtype, device: torch.de
     Each rank loads a whole copy onto its own device.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = open_model(
             args.model,
-            revision=args.model_revision,
+            args.model_revision,
             dtype=dtype,
             device_map={"": device},
             quantization_config=quantization_config(dtype) if args.quantization == "nf4" else None,
             attn_implementation=args.attn_implementation,
-            trust_remote_code=False,
-            use_safetensors=True,
         )
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model={args.model}: {reason(error)}") from error
@@ -268,14 +270,12 @@ def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> P
     record, settings = folder / QUANTIZATION_CONFIG, folder / GENERATION_CONFIG_NAME
     try:
         quantized = BitsAndBytesConfig(**json.loads(record.read_text())) if record.exists() else None
-        model = AutoModelForCausalLM.from_pretrained(
+        model = open_model(
             place,
-            revision=None if base else config.revision,
+            None if base else config.revision,
             dtype=quantized.bnb_4bit_compute_dtype if quantized else "auto",
             device_map={"": device},
             quantization_config=quantized,
-            trust_remote_code=False,
-            use_safetensors=True,
         )
         if settings.exists():
             model.generation_config = GenerationConfig.from_pretrained(folder)

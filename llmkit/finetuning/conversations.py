@@ -26,7 +26,7 @@ from llmkit.errors import UserError
 from llmkit.finetuning.turns import Ambiguous, Malformed, Messages, check_turns, split_guanaco
 from llmkit.hub_access import ask_hub_once
 from llmkit.model.loss import IGNORE_INDEX
-from llmkit.paths import expand_homes
+from llmkit.paths import check_names
 
 # Guanaco's markers, with a line break before each but the first, and the end token after each answer. The generation
 # prompt ends with the colon: the space belongs to an answer's first token, as byte-level BPEs split words.
@@ -70,7 +70,7 @@ class SourceArguments:
     )
 
     def __post_init__(self):
-        expand_homes(self, "dataset_name")
+        check_names(self, "dataset_name")
         if self.data_files and (self.dataset_name or self.validation_split):
             raise UserError(
                 "data_files goes without dataset_name and validation_split: validation is a part of the files"

@@ -13,8 +13,6 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -36,6 +34,7 @@ from llmkit.finetuning.adapters import (
 from llmkit.finetuning.conversations import encode
 from llmkit.finetuning.turns import Malformed, split_guanaco
 from llmkit.model.loss import IGNORE_INDEX
+from llmkit.model.opening import open_config, open_model
 from llmkit.paths import new_path
 
 # The gate. Rounding the merged weights to bfloat16 moved a token's distribution by about 1e-4 nats where it was
@@ -96,7 +95,7 @@ def merge_adapter(adapter: str, output: str, dtype: torch.dtype, base: str | Non
         raise UserError(f"{adapter}: its configuration does not name its base: set --base")
     tokenizer = load_tokenizer(str(folder))
     try:
-        base_config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+        base_config = open_config(place, revision)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{adapter}: its base {place} does not load ({reason(error)}): set --base if it has moved"
@@ -122,13 +121,7 @@ def _save(
         tokenizer.save_pretrained(unfinished)
         del merged  # which takes as much memory as the copy that is read next
         # From the disk, as anyone will load it.
-        saved = AutoModelForCausalLM.from_pretrained(
-            unfinished,
-            dtype=dtype,
-            device_map={"": reference.device},
-            trust_remote_code=False,
-            use_safetensors=True,
-        )
+        saved = open_model(unfinished, dtype=dtype, device_map={"": reference.device})
         lora = reference.peft_config["default"]
         assert isinstance(lora, LoraConfig), "as `adapter_config` has it"
         rows = gate_rows(tokenizer, reference.config, trained_tokens(lora))
@@ -160,9 +153,7 @@ def _merge(reference: PeftModel, folder: Path, base: str, revision: str | None, 
     Raises:
         UserError: an update that a plain checkpoint has no place for.
     """
-    plain = AutoModelForCausalLM.from_pretrained(
-        base, revision=revision, dtype=dtype, trust_remote_code=False, use_safetensors=True
-    )
+    plain = open_model(base, revision, dtype=dtype)
     merged = put_on(plain, folder, adapter_config(folder))
     trained_on = dict(reference.named_modules())
     for name, module in merged.named_modules():

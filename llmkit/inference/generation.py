@@ -13,7 +13,6 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -26,6 +25,7 @@ from llmkit.errors import UserError, reason
 from llmkit.hub_access import ask_hub_once
 from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
 from llmkit.machine import bf16_is_fast
+from llmkit.model.opening import open_model
 from llmkit.paths import checkpoint_path
 
 Quantization = Literal["int8", "nf4"]
@@ -85,9 +85,7 @@ def load_model(checkpoint: str, quantize: Quantization | None, device: torch.dev
     dtype = torch.bfloat16 if bf16_is_fast(device.type) else torch.float32
     how = {"dtype": dtype, "quantization_config": _quantization(quantize, dtype)} if quantize else {"dtype": "auto"}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint, device_map={"": device}, trust_remote_code=False, use_safetensors=True, **how
-        ).eval()
+        return open_model(checkpoint, device_map={"": device}, **how).eval()
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise UserError(f"{checkpoint}: its model does not load ({reason(error)})") from error
 

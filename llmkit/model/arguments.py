@@ -15,7 +15,7 @@ from llmkit.errors import UserError
 from llmkit.hub_access import ask_hub_once
 from llmkit.model.configuration_gpt2 import GPT2Config
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
-from llmkit.paths import expand_homes
+from llmkit.paths import check_names
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
@@ -51,7 +51,7 @@ class ModelArguments:
     )
 
     def __post_init__(self):
-        expand_homes(self, "init_from")
+        check_names(self, "init_from")
         # A relative path may be a name on the Hub for whoever reads the run's record elsewhere.
         if self.init_from is not None and os.path.isdir(self.init_from):
             self.init_from = os.path.abspath(self.init_from)

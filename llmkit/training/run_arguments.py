@@ -140,8 +140,8 @@ def check_names(args: RunArguments) -> None:
         raise UserError(f"torch_compile_backend={backend}: choose from {', '.join(known)}")
     if mode is not None and mode not in COMPILE_MODES:
         raise UserError(f"torch_compile_mode={mode}: choose from {', '.join(COMPILE_MODES)}")
-    if isinstance(args.optim, OptimizerNames) and not (args.optim_target_modules or "lomo" in args.optim.value):
-        check_optimizer(args)  # the others want to see the model
+    if isinstance(args.optim, OptimizerNames):
+        check_optimizer(args)
     if args.fsdp and args.world_size == 1:
         raise UserError(
             "fsdp shards a model over several processes: start them with accelerate launch, or leave fsdp out"
@@ -151,15 +151,21 @@ def check_names(args: RunArguments) -> None:
 
 
 def check_optimizer(args: TrainingArguments) -> None:
-    """Refuse an optimizer of Trainer's whose package is missing, or whose `optim_args` cannot be read.
+    """Refuse an optimizer of Trainer's that is not supported, whose package is missing, or whose `optim_args` are bad.
 
     Raises:
-        UserError: what Trainer says about it.
+        UserError: the reason, or what Trainer says about it.
     """
+    name = OptimizerNames(args.optim).value
+    if any(kind in name for kind in ("galore", "apollo", "lomo")):
+        raise UserError(
+            f"optim={name} is not supported: GaLore, APOLLO and LOMO choose their own parameters, past the groups "
+            "without weight decay, or step before a gradient is clipped and checked: take another optimizer"
+        )
     try:
         Trainer.get_optimizer_cls_and_kwargs(args)
     except (ImportError, ValueError) as error:
-        raise UserError(f"optim={OptimizerNames(args.optim).value}: {error}") from error
+        raise UserError(f"optim={name}: {error}") from error
 
 
 def device_type(args: TrainingArguments) -> str:

@@ -179,7 +179,7 @@ def recipe(*arguments: object) -> None:
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--model", "{work}/nowhere"], "nowhere: no folder here"),
+        (["--model", "{work}/nowhere"], "nowhere': there is no such file or folder"),
         (["--model", "{work}/one"], "is an adapter: merge it first"),
         (["--data_files", "{work}/nothing.jsonl"], "nothing.jsonl"),
         (["--max_length", "500"], "max_length=500 is longer than the 128 positions"),

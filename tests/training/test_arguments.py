@@ -62,6 +62,8 @@ def test_shipped_recipe(path):
 def test_a_home_is_found_in_every_path(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "hellaswag.jsonl").write_text("")
+    for name in ("dataset_name", "tokenizer", "init_from", "base", "chats"):  # which have to be there
+        (tmp_path / name).mkdir()
     keys = ["dataset_name", "tokenizer", "data_dir", "init_from", "output_dir", "resume_from_checkpoint"]
     text = "".join(f"{key}: ~/{key}\n" for key in keys) + "hellaswag_file: ~/hellaswag.jsonl\nhellaswag_steps: 500\n"
     parts = parse(recipe(tmp_path, text + "sample_prompts: [~/not a path]\nmax_steps: 1\n"))
@@ -107,9 +109,16 @@ def test_command_line_wins_and_types_are_read_alike(tmp_path):
         ("max_steps: 2020-99-99", "recipe.yaml is not valid YAML"),
         ("accelerator_config: nonsense", "nonsense"),
         ("activation_checkpointing_kwargs: nonsense", "activation_checkpointing_kwargs=nonsense: give a mapping"),
-        ("output_dir: ''", "output_dir is ''"),
+        ("output_dir: ''", "recipe.yaml: output_dir is ''"),
         ('output_dir: "a\\0b"', r"output_dir is 'a\\x00b'"),
         ("init_from: ' '", "init_from is ' '"),
+        ("init_from: ./nope", "init_from='./nope': there is no such file or folder"),
+        ("tokenizer: ./nope", "tokenizer='./nope': there is no such file or folder"),
+        ("dataset_name: /nope", "dataset_name='/nope': there is no such file or folder"),
+        ("text_column: ''", "recipe.yaml: text_column is ''"),
+        ("text_files: ['']", "recipe.yaml: text_files is ''"),
+        ('run_name: "a\\0b"', r"recipe.yaml: run_name is 'a\\x00b'"),
+        ("optim_target_modules: x", "optim_target_modules=x is not supported"),
     ],
 )
 def test_bad_recipes(tmp_path, text, message):
@@ -138,6 +147,9 @@ def test_bad_command_lines(tmp_path):
         (["--report_to", "nonsense"], "report_to=nonsense is not installed here"),
         (["--lr_scheduler_type", "linear"], "stated here as lr_schedule"),
         (["--text_files", "a", "--dataset_name", "b"], "both set"),
+        (["--run_name", ""], "^run_name is ''"),
+        (["--text_files", "a", ""], "^text_files is ''"),
+        (["--run-name="], "^run_name is ''"),
     ]:
         with pytest.raises(UserError, match=message):
             parse(path, *argv)
