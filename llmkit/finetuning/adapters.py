@@ -254,6 +254,22 @@ def adapter_config(folder: Path) -> LoraConfig:
     return config
 
 
+def base_of(adapter: str, config: LoraConfig, moved: str | None) -> tuple[str, str | None]:
+    """Where the base of an adapter is, and its commit on the Hub.
+
+    Args:
+        moved: where it is, if it is not where the adapter was trained on it.
+
+    Raises:
+        UserError: nothing says where.
+    """
+    if moved:
+        return moved, None
+    if config.base_model_name_or_path is None:
+        raise UserError(f"{adapter}: its configuration does not name its base: set --base")
+    return config.base_model_name_or_path, config.revision
+
+
 def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> PeftModel:
     """The base as it was trained on, quantized if it was, with the adapter on it and its generation settings.
 
@@ -266,13 +282,13 @@ def load_with_adapter(adapter: str, base: str | None, device: torch.device) -> P
     """
     folder = adapter_folder(adapter)
     config = adapter_config(folder)
-    place = base or config.base_model_name_or_path
+    place, revision = base_of(adapter, config, base)
     record, settings = folder / QUANTIZATION_CONFIG, folder / GENERATION_CONFIG_NAME
     try:
         quantized = BitsAndBytesConfig(**json.loads(record.read_text())) if record.exists() else None
         model = open_model(
             place,
-            None if base else config.revision,
+            revision,
             dtype=quantized.bnb_4bit_compute_dtype if quantized else "auto",
             device_map={"": device},
             quantization_config=quantized,

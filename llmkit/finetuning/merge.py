@@ -26,6 +26,7 @@ from llmkit.errors import UserError, reason
 from llmkit.finetuning.adapters import (
     adapter_config,
     adapter_folder,
+    base_of,
     check_not_quantized,
     context_length,
     load_with_adapter,
@@ -90,9 +91,7 @@ def merge_adapter(adapter: str, output: str, dtype: torch.dtype, base: str | Non
     new_path(output)
     folder = adapter_folder(adapter)
     config = adapter_config(folder)
-    place, revision = base or config.base_model_name_or_path, None if base else config.revision
-    if place is None:
-        raise UserError(f"{adapter}: its configuration does not name its base: set --base")
+    place, revision = base_of(adapter, config, base)
     tokenizer = load_tokenizer(str(folder))
     try:
         base_config = open_config(place, revision)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -83,7 +83,9 @@ def load_model(checkpoint: str, quantize: Quantization | None, device: torch.dev
         UserError: it does not load.
     """
     dtype = torch.bfloat16 if bf16_is_fast(device.type) else torch.float32
-    how = {"dtype": dtype, "quantization_config": _quantization(quantize, dtype)} if quantize else {"dtype": "auto"}
+    how: dict[str, Any] = (
+        {"dtype": dtype, "quantization_config": _quantization(quantize, dtype)} if quantize else {"dtype": "auto"}
+    )
     try:
         return open_model(checkpoint, device_map={"": device}, **how).eval()
     except (OSError, ValueError, ImportError, SafetensorError) as error:
