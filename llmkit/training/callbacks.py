@@ -84,12 +84,16 @@ class StepsOfArguments(TrainerCallback):
 
 
 class ProgressLine(TrainerCallback):
-    """A progress bar where there is a terminal, and a line per log that a person can read."""
+    """A progress bar where there is a terminal, and a line per log that a person can read.
+
+    Without a terminal, as in a log file, the line of a training loss ends with the time that is left.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
         # None: only where stderr is not a terminal
         disable = True if args.disable_tqdm or not state.is_world_process_zero else None
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", leave=False, disable=disable)
+        self.started, self.first_step = time.perf_counter(), state.global_step
 
     def on_step_end(self, args, state, control, **kwargs):
         self.bar.update()
@@ -97,11 +101,20 @@ class ProgressLine(TrainerCallback):
     def on_log(self, args, state: TrainerState, control, **kwargs):
         logs = kwargs["logs"]
         shown = [m.said.format(m.write(logs[m.key])) for m in METRICS.values() if m.said and m.key in logs]
+        if "loss" in logs and self.bar.disable and (left := self._seconds_left(state)):
+            shown.append(f"{tqdm.format_interval(left)} left")
         if state.is_world_process_zero and shown:
             say(f"step {state.global_step:>6,}/{state.max_steps:,} | " + " | ".join(shown))
 
     def on_train_end(self, args, state, control, **kwargs):
         self.bar.close()
+
+    def _seconds_left(self, state: TrainerState) -> float:
+        """As long a step as all so far took, their evaluations and saves included; 0 where nothing can be said."""
+        done = state.global_step - self.first_step
+        if done < 2:  # the first alone compiles, or comes after an evaluation
+            return 0
+        return (time.perf_counter() - self.started) / done * (state.max_steps - state.global_step)
 
 
 class Samples(TrainerCallback):

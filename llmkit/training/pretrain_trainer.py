@@ -65,6 +65,11 @@ class PretrainTrainer(ExactTrainer):
         check_length_is_fixed(args)
         block_size = self.block_size = train_dataset.block_size
         args.set_accumulation(block_size)
+        if args.total_batch_tokens > (tokens := len(train_dataset) * block_size):
+            raise UserError(
+                f"total_batch_tokens={args.total_batch_tokens:,}: the training split has {tokens:,} tokens in windows "
+                f"of {block_size}, and a step reads none of them twice: take less, or more text"
+            )
         if train_dataset.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"the windows have ids of a vocabulary of {train_dataset.vocab_size:,} tokens, and the model has "

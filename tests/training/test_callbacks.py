@@ -1,12 +1,14 @@
 """What a run does beside training."""
 
+import re
 from types import SimpleNamespace
 
 import torch
 from transformers import TrainerControl, TrainerState
 
 from llmkit.training import callbacks
-from llmkit.training.callbacks import Throughput
+from llmkit.training.callbacks import ProgressLine, Throughput
+from small_run import trainer
 
 
 def test_speed_counts_the_steps_alone(monkeypatch):
@@ -26,3 +28,20 @@ def test_speed_counts_the_steps_alone(monkeypatch):
             measured.append(throughput.measure(step))
         now += 100 * (control.should_evaluate + control.should_save)
     assert measured == [{"tokens_per_second": 10.0, "mfu": 0.5}] * 2
+
+
+def test_a_log_file_says_how_long_it_still_takes(data, tmp_path, capsys):
+    trainer(data, tmp_path, max_steps=4, disable_tqdm=False).train()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    left = [re.search(r" \| (\d\d:\d\d) left$", line) for line in lines]
+    assert [bool(found) for found in left] == [False, True, True, False], "nothing is known after one step"
+
+
+def test_the_time_left_is_that_of_the_steps_so_far(monkeypatch):
+    now = iter([100.0, 130.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(now))
+    line, state = ProgressLine(), TrainerState(max_steps=100, global_step=10)
+    args = SimpleNamespace(disable_tqdm=True)
+    line.on_train_begin(args, state, None)
+    state.global_step = 20
+    assert line._seconds_left(state) == 3.0 * 80

@@ -190,6 +190,12 @@ def test_a_prompt_longer_than_the_context_is_refused(data, tmp_path):
         trainer(data, tmp_path, sample_prompts=["0" * 99])
 
 
+def test_a_step_never_reads_a_window_twice(data, tmp_path):
+    for total in (10**20, 10**5 * BLOCK):
+        with pytest.raises(UserError, match=f"total_batch_tokens={total:,}: the training split has .* tokens"):
+            trainer(data, tmp_path, total_batch_tokens=total, per_device_train_batch_size=1)
+
+
 def test_summary_states_the_run(data, tmp_path):
     text = trainer(data, tmp_path, per_device_train_batch_size=2).summary()
     assert "128 tokens = 2 x 16 x 4 accumulated x 1 rank(s)" in text
