@@ -7,6 +7,7 @@ from its first moment, and what was damaged later is found before it is used.
 
 import json
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -233,6 +234,28 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
+def check_that_all_ranks_share(folder: Path, args: TrainingArguments) -> None:
+    """Refuse to train where a checkpoint would be scattered over the nodes' disks.
+
+    Raises:
+        UserError: a rank does not see what the first one writes.
+    """
+    name = None
+    if args.process_index == 0:
+        # A new name, for a network's file system may remember for a while that a file was not there.
+        name = f".shared-{uuid.uuid4().hex}"
+        (folder / name).touch()
+    (name,) = broadcast_object_list([name])
+    seen = gather_object([(folder / name).exists()])
+    if args.process_index == 0:
+        (folder / name).unlink()
+    if not all(seen):
+        raise UserError(
+            f"rank {seen.index(False)} does not see {folder} of rank 0: each rank writes its part of a checkpoint "
+            "there, so give an output_dir on a disk that all nodes share; data_dir may be on local disks"
+        )
+
+
 def _check_that_all_ranks_see(checkpoint: Path) -> None:
     """Compare the record of the chosen checkpoint over ranks, which each read it from their own disk."""
     path = checkpoint / COMPLETE
@@ -240,7 +263,7 @@ def _check_that_all_ranks_see(checkpoint: Path) -> None:
     if blind := [rank for rank, record in enumerate(seen) if record != seen[0]]:
         raise UserError(
             f"rank {blind[0]} does not see {checkpoint} as rank 0 does: output_dir has to be on a disk that all "
-            "nodes share, or be copied to each of them before a run is resumed"
+            "nodes share"
         )
 
 

@@ -74,7 +74,6 @@ FREE = {
     # checkpoints
     "output_dir",
     "resume_from_checkpoint",
-    "save_on_each_node",
     "save_only_model",
     "save_steps",
     "save_strategy",
@@ -151,6 +150,7 @@ REFUSED = {
     "prediction_loss_only": _NO_PREDICTIONS,
     "remove_unused_columns": "which columns reach the model is not a recipe's to say",
     "restore_callback_states_from_checkpoint": "no callback here has a state that it could restore",
+    "save_on_each_node": "all ranks write one checkpoint, into an output_dir on a disk that the nodes share",
     "use_liger_kernel": "Liger's kernels are not supported",
 }
 

@@ -1,5 +1,6 @@
 """How a run saves: beside the place, on all ranks or not at all, and on with the training if the disk is full."""
 
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from llmkit.runs.run import LOG, read_log
 from llmkit.training.budget import interval
 from llmkit.training.checkpoints import (
     STAGING,
+    check_that_all_ranks_share,
     check_unused,
     first_rank_decides,
     ranks_of,
@@ -50,7 +52,8 @@ class WholeCheckpoints(Trainer):
         """Make the run's folder this run's alone, before anything in it changes.
 
         Raises:
-            UserError: another process is at work there, another run is there, or the ranks have other data.
+            UserError: another process is at work there, another run is there, or the ranks have other data or do not
+                share the folder.
         """
         folder = Path(self.args.output_dir)
         data = gather_object([fingerprint])
@@ -68,6 +71,8 @@ class WholeCheckpoints(Trainer):
             set_aside_after(folder, step_of(resume_from) if resume_from else 0)
 
         first_rank_decides(self.args, take)
+        if self.args.save_strategy != "no":
+            check_that_all_ranks_share(folder, self.args)
         if resume_from:
             self.args.eval_on_start = self._evaluation_is_missing(resume_from)
 
@@ -94,7 +99,10 @@ class WholeCheckpoints(Trainer):
         staged = checkpoint.parent / STAGING / checkpoint.name
         with suppress(OSError):
             self._clear_staging(staged)
-        problem = self._first_problem(self._write(staged, model, trial))
+        self.accelerator.wait_for_everyone()
+        problem = self._first_problem(self._lack_of_room(staged, model) if self.is_fsdp_enabled else None)
+        if problem is None:
+            problem = self._first_problem(self._write(staged, model, trial))
         if problem is None:
             problem = self._first_problem(self._finish(staged, checkpoint) if self.args.should_save else None)
         if problem is None:
@@ -112,7 +120,22 @@ class WholeCheckpoints(Trainer):
         if self.is_local_process_zero():
             shutil.rmtree(staged, ignore_errors=True)
             staged.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
+
+    def _lack_of_room(self, staged: Path, model: nn.Module) -> str | None:
+        """What keeps a checkpoint from being written: under FSDP no rank can leave a save that others wait in.
+
+        The room is taken and given back, so that quotas and limits count as well.
+        """
+        if not self.args.should_save:
+            return None
+        size = 16 * sum(parameter.numel() for parameter in model.parameters())  # float32: weights twice, 2 moments
+        try:
+            with (staged / "room").open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+            (staged / "room").unlink()
+        except OSError as error:
+            return f"the checkpoint of step {self.state.global_step:,} could not be saved: {_reason(error, staged)}"
+        return None
 
     def _write(self, staged: Path, model: nn.Module, trial) -> str | None:
         """This rank's part of a checkpoint. Returns what went wrong."""

@@ -85,23 +85,23 @@ def test_every_checkpoint_opens_without_llmkit(one_rank):
 def test_two_ranks_train_what_one_trains(one_rank, texts, tmp_path, nodes):
     """Two ranks of one machine, then two machines of one rank: half the accumulation, the same losses.
 
-    They start without shards together, so one of them makes these and the other waits.
+    They start without shards together: on one machine one of them makes these and the other waits.
     """
-    arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--output_dir"]
+    arguments = [*TINY, "--text_files", texts / "*.txt", "--output_dir", tmp_path / "run", "--data_dir"]
     if nodes == 1:
-        done = [launch("multi_cpu", *arguments, tmp_path / "run")]
+        done = [launch("multi_cpu", *arguments, tmp_path / "data")]
     else:
         place = ("--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", "29611")
         started = [
             subprocess.Popen(
-                # Each node saves into a folder of its own, as machines without a common disk do.
+                # Each node has shards of its own, as machines do that share only the disk of the runs.
                 command("multi_cpu", *arguments, tmp_path / name, launcher=(*place, "--machine_rank", str(rank))),
                 cwd=ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank, name in enumerate(("run", "other"))
+            for rank, name in enumerate(("data", "other"))
         ]
         done = [
             subprocess.CompletedProcess(process.args, process.returncode, *output)

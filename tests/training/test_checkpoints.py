@@ -135,6 +135,20 @@ def test_a_save_that_fails_leaves_the_earlier_ones(data, tmp_path, monkeypatch, 
     assert not (tmp_path / ".saving").exists()
 
 
+def test_a_rank_without_a_folder_still_meets_the_others(data, tmp_path, monkeypatch):
+    """They wait for it before they write, whether it could clear the place or not."""
+    run = trainer(data, tmp_path, **SAVING)
+    met = []
+    monkeypatch.setattr(run.accelerator, "wait_for_everyone", lambda: met.append(run.state.global_step))
+
+    def gone(staged):
+        raise FileNotFoundError(staged)
+
+    monkeypatch.setattr(run, "_clear_staging", gone)
+    run.train()
+    assert {2, 4, 6} <= set(met)
+
+
 def test_a_disk_that_is_really_full(data, tmp_path):
     """Files may not grow past 100 kB: what the kernel then says is a full disk's, to each of the writers."""
     code = (
