@@ -15,21 +15,25 @@ ROOT = Path(__file__).parents[1]
 # The module whose source says that the name is there, for each name that begins with an underscore.
 PRIVATE = {
     "_actions": "argparse",
+    "_adjust_lr": "torch.optim._muon",
     "_attn_implementation": "transformers.configuration_utils",
     "_can_compile_fullgraph": "transformers.modeling_utils",
     "_can_record_outputs": "transformers.modeling_utils",
     "_cdata": "torch.storage",
     "_created_lr_scheduler": "transformers.trainer",
+    "_prepare_inputs": "transformers.trainer",
     "_prepare_dataset": "trl.trainer.dpo_trainer",
     "_dynamo": "torch",
     "_get_grad_norm": "transformers.trainer",
     "_get_output_dir": "transformers.trainer",
     "_inductor": "torch",
+    "_init_group": "torch.optim._muon",
     "_init_weights": "transformers.modeling_utils",
     "_internal_call": "transformers.trainer",
     "_keys_to_ignore_on_load_unexpected": "transformers.modeling_utils",
     "_keys_to_ignore_on_save": "transformers.modeling_utils",
     "_load_rng_state": "transformers.trainer",
+    "_muon": "torch.optim",
     "_n_gpu": "transformers.training_args",
     "_no_split_modules": "transformers.modeling_utils",
     "_push_from_checkpoint": "transformers.trainer",
@@ -44,6 +48,7 @@ PRIVATE = {
     "_supports_flex_attn": "transformers.modeling_utils",
     "_supports_sdpa": "transformers.modeling_utils",
     "_tied_weights_keys": "transformers.modeling_utils",
+    "_zeropower_via_newtonschulz": "torch.optim._muon",
 }
 
 

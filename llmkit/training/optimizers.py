@@ -19,8 +19,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
+
+# private: the iteration and the size of a step, which torch has nowhere else.
+from torch.optim._muon import _adjust_lr, _zeropower_via_newtonschulz
 from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -62,8 +67,6 @@ class OptimizerArguments(ArgumentsMixin):
             raise UserError("optim: muon takes a learning_rate and a muon_learning_rate above 0")
         if self.optim_args:
             raise UserError("optim_args is not for optim: muon: leave it out")
-        if is_fully_sharded(self):
-            raise UserError("optim: muon needs whole matrices, and FSDP shards them: take DDP, or another optim")
 
     def describe_optimizer(self) -> str:
         """The optimizer and its settings, as in "adamw_torch_fused, lr 0.0006, weight decay 0.1, clip 1"."""
@@ -76,6 +79,53 @@ class OptimizerArguments(ArgumentsMixin):
 def is_fully_sharded(args: TrainingArguments) -> bool:
     """Whether Trainer, or the accelerate configuration that the run was launched with, turns FSDP on."""
     return bool(args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+class ShardedMuon(Muon):
+    """torch's Muon on matrices that FSDP2 has sharded: each is orthogonalised once, by one rank, which sends it.
+
+    Momentum stays sharded. In a round, each of W ranks takes one of W matrices: all ranks gather the W, each works on
+    its own and scatters the result in bfloat16, in which the iteration works. So a step sends each matrix once whole
+    in float32 and once in parts in bfloat16, and a rank holds W whole matrices at a time.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        assert closure is None, "Trainer has none"
+        for group in self.param_groups:
+            parameters: list[DTensor] = []
+            gradients: list[DTensor] = []
+            momenta: list[DTensor] = []
+            # private: Muon's own step begins with it
+            # pyrefly: ignore[bad-argument-type]  the tensors are DTensors
+            self._init_group(group, parameters, gradients, momenta)
+            for gradient, momentum in zip(gradients, momenta, strict=True):
+                momentum.lerp_(gradient, 1 - group["momentum"])
+            ranks = parameters[0].device_mesh.size() if parameters else 1
+            for start in range(0, len(parameters), ranks):
+                some = slice(start, start + ranks)
+                updates = [
+                    gradient.lerp(momentum, group["momentum"])  # Nesterov's
+                    for gradient, momentum in zip(gradients[some], momenta[some], strict=True)
+                ]
+                # pyrefly: ignore[bad-argument-type]  so are these
+                self.apply_round(parameters[some], updates, group)
+
+    def apply_round(self, parameters: list[DTensor], updates: list[DTensor], group: dict) -> None:
+        """Orthogonalise one of these updates on this rank, and apply all of them."""
+        mesh = parameters[0].device_mesh
+        assert mesh.ndim == 1, "parallelism_config is refused"
+        whole = [update.full_tensor() for update in updates]
+        rank = mesh.get_local_rank()
+        found = [torch.empty_like(each, dtype=torch.bfloat16) for each in whole]
+        if rank < len(whole):
+            how = group["ns_coefficients"], group["ns_steps"], group["eps"]
+            found[rank] = _zeropower_via_newtonschulz(whole[rank], *how).contiguous()
+        for owner, (parameter, each) in enumerate(zip(parameters, found, strict=True)):
+            sent = distribute_tensor(each, mesh, parameter.placements, src_data_rank=owner)
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
+            parameter.add_(sent, alpha=-rate)
 
 
 class MuonWithAdamW(Optimizer):
@@ -126,7 +176,8 @@ def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[
         eps=args.adam_epsilon,
         fused=True,
     )
-    muon = Muon(
+    sharded = any(isinstance(matrix, DTensor) for matrix in matrices)
+    muon = (ShardedMuon if sharded else Muon)(
         [{"params": matrices, "name": MUON}],
         lr=args.muon_learning_rate,
         weight_decay=args.weight_decay,

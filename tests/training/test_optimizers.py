@@ -117,9 +117,8 @@ def test_the_log_has_both_rates(data, tmp_path):
     assert "muon, lr 0.02, and adamw, lr 0.003" in run.summary()
 
 
-def test_what_is_refused(data, tmp_path, monkeypatch):
+def test_what_is_refused(data, tmp_path):
     for given, message in [
-        ({"optim": "muon", "fsdp": True}, "optim: muon needs whole matrices, and FSDP shards them"),
         ({"optim": "muon", "optim_args": "a=1"}, "optim_args is not for optim: muon"),
         ({"optim": "muon", "muon_learning_rate": 0.0}, "above 0"),
         ({"muon_learning_rate": 0.1}, "muon_learning_rate is for optim: muon, not adamw_torch_fused"),
@@ -130,6 +129,3 @@ def test_what_is_refused(data, tmp_path, monkeypatch):
             PretrainArguments(output_dir=str(tmp_path), use_cpu=True, **given)
     with pytest.raises(UserError, match="one_cycle cycles beta1 or momentum, and optim=adafactor has neither"):
         trainer(data, tmp_path, optim="adafactor", lr_schedule="one_cycle").train()
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(UserError, match="FSDP shards them"):
-        PretrainArguments(output_dir=str(tmp_path), use_cpu=True, optim="muon")
