@@ -86,11 +86,11 @@ class ExactTrainer(WholeCheckpoints):
         self.args.hub_token = None  # Trainer pickles its arguments beside each checkpoint
         self.add_callback(StepsOfArguments)
         self.add_callback(ResumedState)
-        self.guard = StepGuard(self.accelerator, self.log, self.describe_micro_batch)
-        # A range test goes on until its loss diverges.
-        self.add_callback(RangeTest if args.lr_schedule == RANGE_TEST else self.guard)
         self.stop_on_request = StopOnRequest()
         self.add_callback(self.stop_on_request)
+        self.guard = StepGuard(self.accelerator, self.log, self.describe_micro_batch)
+        # A range test goes on until its loss diverges. The guard comes after what may ask for a save.
+        self.add_callback(RangeTest if args.lr_schedule == RANGE_TEST else self.guard)
         self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
         self.add_callback(ProgressLine)
         # Trainer seeds all ranks alike, and they would drop out the same units. The order of the data is stated apart,

@@ -8,6 +8,7 @@ resumed run leaves out the same steps.
 import math
 import statistics
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -25,10 +26,21 @@ MAX_SKIPPED = 10  # steps left out of any 1,000
 AMONG = 1000
 
 
+class Pending(NamedTuple):
+    """A step whose loss is still on its way from the device, where the optimizer has judged it."""
+
+    step: int
+    losses: torch.Tensor
+    loss: torch.Tensor
+    arrived: torch.cuda.Event | None
+
+
 class StepGuard(TrainerCallback, ExportableState):
     """Judges each step, and stops the run or leaves the step out.
 
-    On a GPU the verdict waits for the device once a step, after the backward pass and before the optimizer.
+    torch's fused optimizers leave out a step by themselves where a tensor of the device says so. There the verdict is
+    read while the next step is computed, or before anything is saved, and the device never waits. With other
+    optimizers, under FSDP, and where spikes are judged, it is read before the optimizer moves.
 
     Args:
         accelerator: whose ranks share the losses.
@@ -44,6 +56,7 @@ class StepGuard(TrainerCallback, ExportableState):
         self.grad_norm: torch.Tensor | float = 0.0  # of the step, over all ranks
         self.recent: list[float] = []  # losses of the steps before
         self.skipped: list[int] = []  # steps left out
+        self.pending: Pending | None = None
 
     def state(self) -> dict:
         """What a checkpoint keeps, so that a resumed run judges as an uninterrupted one."""
@@ -53,6 +66,7 @@ class StepGuard(TrainerCallback, ExportableState):
         # Trainer restores callbacks only as objects of its own making.
         saved = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
         self.recent, self.skipped = saved.get("recent", []), saved.get("skipped", [])
+        self.pending = None
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.micro_losses = []
@@ -65,13 +79,57 @@ class StepGuard(TrainerCallback, ExportableState):
         norm = 0.0 if args.fp16 else 0 * norm
         # One number over all ranks: the loss, which is not finite where any rank's loss or the gradient is not.
         total = self.accelerator.reduce(losses.sum() / args.world_size + norm, reduction="sum")
-        loss = total.item()
+        optimizer = kwargs["optimizer"].optimizer  # within accelerate's
+        if self._optimizer_can_judge(args, optimizer):
+            self.leave_to(optimizer, args, step, losses, total)
+            return
+        if not self._judge(args, step, losses, total.item()):
+            optimizer.zero_grad(set_to_none=True)  # without gradients the optimizer touches nothing
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if control.should_save or control.should_evaluate or control.should_log or control.should_training_stop:
+            self.settle(args)
+
+    @staticmethod
+    def _optimizer_can_judge(args, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether it pays, and the optimizer takes `found_inf` and every parameter is a plain tensor."""
+        if args.device.type == "cpu" or args.fp16 or args.on_spike != "ignore":
+            return False
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        sharded = any(isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"])
+        return fused and not sharded
+
+    def leave_to(self, optimizer: torch.optim.Optimizer, args, step: int, losses: torch.Tensor, total: torch.Tensor):
+        """Let the optimizer leave the step out if `total` is not finite, and read the verdict on the step before."""
+        # What GradScaler gives to a fused optimizer: 1.0 where it has to do nothing.
+        # pyrefly: ignore[missing-attribute]  torch sets it in the same way
+        optimizer.found_inf = 1 - total.isfinite().float()
+        loss, arrived = total.to("cpu", non_blocking=True), None
+        if total.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record()
+        before, self.pending = self.pending, Pending(step, losses, loss, arrived)
+        self._read(args, before)
+
+    def settle(self, args) -> None:
+        """Read the verdict that is still on its way; all ranks call it at the same step."""
+        before, self.pending = self.pending, None
+        self._read(args, before)
+
+    def _read(self, args, pending: Pending | None) -> None:
+        if pending is not None:
+            if pending.arrived is not None:
+                pending.arrived.synchronize()
+            self._judge(args, pending.step, pending.losses, pending.loss.item())
+
+    def _judge(self, args, step: int, losses: torch.Tensor, loss: float) -> bool:
+        """Whether a step counts."""
         if not math.isfinite(loss):
             self._not_finite(args, step, losses)
         elif args.on_spike == "ignore" or not self._is_spike(args, step, loss):
             self.recent = [*self.recent, loss][-WINDOW:]
-            return
-        kwargs["optimizer"].zero_grad(set_to_none=True)  # without gradients the optimizer touches nothing
+            return True
+        return False
 
     def _not_finite(self, args, step: int, losses: torch.Tensor) -> None:
         """Stop, or count the step as left out."""

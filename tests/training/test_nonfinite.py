@@ -9,6 +9,7 @@ import torch
 from llmkit import cli
 from llmkit.errors import UserError
 from llmkit.training.checkpoints import checkpoints_of
+from llmkit.training.nonfinite import StepGuard
 from small_run import losses, trainer, weights
 
 MICRO = {"per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2}
@@ -88,6 +89,39 @@ def test_a_skipped_step_moves_nothing_and_is_skipped_again(data, tmp_path, optim
     last = trainer(data, tmp_path / "run", **MICRO, **how)
     last.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-6"))
     assert last.guard.skipped == [4]  # it came with the checkpoint
+
+
+@pytest.fixture
+def judging_optimizer(monkeypatch):
+    """The way of a GPU with a fused optimizer, which the CPU's fused AdamW can go as well."""
+    monkeypatch.setattr(StepGuard, "_optimizer_can_judge", staticmethod(lambda args, optimizer: True))
+
+
+def test_the_optimizer_leaves_a_step_out_and_nobody_waits(data, tmp_path, monkeypatch):
+    """The verdict on a step is read in the next one; weights, moments and their count are as in the other way."""
+    expected = poisoned(data, tmp_path / "expected", 4, on_nonfinite="skip", logging_steps=10, save_strategy="no")
+    expected.train()
+    monkeypatch.setattr(StepGuard, "_optimizer_can_judge", staticmethod(lambda args, optimizer: True))
+    run = poisoned(data, tmp_path / "run", 4, on_nonfinite="skip", logging_steps=10, save_strategy="no")
+    known = []
+    read = run.guard._read
+    monkeypatch.setattr(run.guard, "_read", lambda *args: (read(*args), known.append(list(run.guard.skipped))))
+    run.train()
+    assert known[3] == [] and known[4] == [4]  # in steps 4 and 5
+    assert run.guard.recent == expected.guard.recent and len(run.guard.recent) == 5
+    assert all(torch.equal(weight, weights(run)[name]) for name, weight in weights(expected).items())
+    states = [each.optimizer.state_dict()["state"] for each in (run, expected)]
+    assert all(torch.equal(value, states[1][n][key]) for n, state in states[0].items() for key, value in state.items())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_late_verdict_comes_before_anything_is_saved(data, tmp_path, judging_optimizer, what):
+    run = poisoned(data, tmp_path, 4, what, logging_steps=10)
+    with pytest.raises(UserError, match=f"the {what} is not finite at step 4"):
+        run.train()
+    assert run.state.global_step == 4  # in which a checkpoint was due
+    assert [path.name for path in checkpoints_of(tmp_path)] == ["checkpoint-2"]
+    assert all(torch.isfinite(weight).all() for weight in weights(run).values())
 
 
 def test_the_skipped_step_itself(data, tmp_path):
