@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -89,9 +90,11 @@ def _doctor(args: argparse.Namespace) -> None:
     of_recipe = examine_recipe(kind, recipe) if kind else ()
     failed = False
     for finding in itertools.chain(examine(Path(folder).absolute()), of_recipe):
+        failed = failed or finding.state == ERROR
+        if os.environ.get("RANK", "0") != "0":  # under `accelerate launch` all ranks work, and the first one speaks
+            continue
         print(f"{finding.name:>16}  {finding.state:7}  {finding.text}", flush=True)
         if finding.fix:
             print(f"{'':27}to mend it: {finding.fix}")
-        failed = failed or finding.state == ERROR
     if failed:
         sys.exit(1)

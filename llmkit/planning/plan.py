@@ -10,7 +10,7 @@ import torch
 from transformers import Trainer
 
 from llmkit.data.arguments import DataArguments
-from llmkit.data.manifest import MANIFEST, load_manifest
+from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
 from llmkit.errors import UserError
 from llmkit.machine import GPUS, bf16_is_fast
 from llmkit.model.arguments import ModelArguments
@@ -185,8 +185,8 @@ def plan_pretraining(
         UserError: what a run would refuse, too.
     """
     config = model_args.config()
-    manifest = _prepared(data_args)
-    config.vocab_size = _vocab_size(data_args, config)
+    manifest = prepared_shards(data_args)
+    config.vocab_size = vocabulary_size(data_args, config)
     block_size = model_args.block_size or config.n_positions
     accumulation = args.accumulation(block_size, hardware.count)
     train_tokens = manifest.splits["train"].tokens if manifest else None
@@ -337,13 +337,15 @@ def _what_fits(
     return None
 
 
-def _prepared(args: DataArguments):
+def prepared_shards(args: DataArguments) -> Manifest | None:
+    """What the recipe's `data_dir` holds, None where nothing is prepared."""
     folder = Path(args.data_dir) if args.data_dir else None
     return load_manifest(folder) if folder and (folder / MANIFEST).exists() else None
 
 
-def _vocab_size(args: DataArguments, config: GPT2Config) -> int:
-    if manifest := _prepared(args):
+def vocabulary_size(args: DataArguments, config: GPT2Config) -> int:
+    """Of the recipe's shards, or of the tokenizer that it will make."""
+    if manifest := prepared_shards(args):
         return manifest.vocab_size
     if args.tokenizer == "bpe":
         return args.vocab_size

@@ -8,6 +8,7 @@ from llmkit.errors import UserError
 from llmkit.machine import why_not_compile
 from llmkit.paths import local_path
 from llmkit.planning.doctor import ERROR, OK, WARNING, Finding, four_bit_kernels, wandb_login
+from llmkit.planning.preflight import preflight
 from llmkit.recipe_kinds import PRETRAIN, RecipeKind
 
 
@@ -18,7 +19,7 @@ def examine_recipe(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
         kind: of the recipe.
         recipe: its filled dataclasses, as `parse_recipe` gives them: data, model, training.
     """
-    checks: list[Callable[[RecipeKind, tuple], Iterator[Finding]]] = [files, libraries]
+    checks: list[Callable[[RecipeKind, tuple], Iterator[Finding]]] = [files, libraries, preflight]
     for check in checks:
         yield from check(kind, recipe)
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
@@ -44,6 +44,8 @@ WARM_UP = 3  # steps that are not timed: they compile, find their memory and fil
 FEWEST, MOST = 5, 1000  # steps that are timed
 PART, LONGEST = 0.04, 60.0  # they take this part of the budget, and not more than so many seconds
 EVALUATED = 4  # validation batches that are timed
+
+Arguments = TypeVar("Arguments", bound=RunArguments)
 
 
 @dataclass(frozen=True)
@@ -201,7 +203,9 @@ def _rehearse(make: Callable, model: PreTrainedModel, args: RunArguments, clock:
     python, numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
-            pace = _timed(make, copy.deepcopy(model), _arguments(args, folder), clock, PART * 60 * args.train_minutes)
+            some = rehearsal_arguments(args, folder, WARM_UP + MOST)
+            some.learning_rate *= 1e-6  # which hardly moves the weights, so that no step can diverge
+            pace = _timed(make, copy.deepcopy(model), some, clock, PART * 60 * args.train_minutes)
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
@@ -212,12 +216,11 @@ def _rehearse(make: Callable, model: PreTrainedModel, args: RunArguments, clock:
     return Pace(*(max(each) for each in zip(*gather_object([pace]), strict=True)))
 
 
-def _arguments(args: RunArguments, folder: Path) -> RunArguments:
-    """The run's arguments for some steps alone, which hardly move the weights, so that none of them can diverge."""
+def rehearsal_arguments(args: Arguments, folder: Path, steps: int) -> Arguments:
+    """The run's arguments for some steps alone, at one rate: nothing is logged, evaluated, saved or shared."""
     args = copy.copy(args)
-    args.output_dir, args.max_steps, args.train_minutes = str(folder), WARM_UP + MOST, None
+    args.output_dir, args.max_steps, args.train_minutes = str(folder), steps, None
     args.lr_schedule, args.warmup_steps, args.min_lr_ratio, args.decay_until_step = "constant", 0, 0.0, None
-    args.learning_rate *= 1e-6
     args.logging_strategy = args.eval_strategy = IntervalStrategy.NO
     args.save_strategy, args.load_best_model_at_end, args.eval_on_start = SaveStrategy.NO, False, False
     args.report_to, args.push_to_hub, args.disable_tqdm, args.logging_first_step = [], False, True, False
