@@ -5,10 +5,11 @@ import itertools
 import json
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from llmkit.errors import UserError
-from llmkit.recipe_kinds import PRETRAIN, kind_of, parse_recipe, recipe_path
+from llmkit.recipe_kinds import kind_of, parse_recipe, recipe_path
 
 
 def add_commands(nouns) -> None:
@@ -16,22 +17,10 @@ def add_commands(nouns) -> None:
     plan = nouns.add_parser(
         "plan",
         help="Say what a recipe's run will take.",
-        description="Print the tokens, floating-point operations, memory, time, cost and disk of a pretraining "
-        "recipe's run. Memory is that of the recipe's real step, run without content. Nothing is downloaded.",
-        allow_abbrev=False,
+        add_help=False,
+        prefix_chars="\0",  # so that nothing is a flag here: a recipe's fields stand between the command's own
     )
-    plan.add_argument(
-        "recipe", help="The recipe's file, or the name of one of llmkit's own, such as pretrain_gpt2_124m."
-    )
-    plan.add_argument(
-        "--gpu", help="Words of the GPU's name, such as H200 or 'A100 80GB'. The default is this machine."
-    )
-    plan.add_argument("--gpus", type=int, default=1, help="The number of devices, each with a rank (default: 1).")
-    plan.add_argument("--mfu", type=float, default=0.4, help="The share of the peak that is assumed (default: 0.4).")
-    plan.add_argument("--dollars_per_hour", type=float, help="The price of one device for an hour.")
-    plan.add_argument("--measure", action="store_true", help="Take real steps on this machine to measure the pace.")
-    plan.add_argument("--json", action="store_true", help="Print the figures as JSON.")
-    plan.add_argument("fields", nargs=argparse.REMAINDER, help="Any field of the recipe, at the end.")
+    plan.add_argument("arguments", nargs=argparse.REMAINDER)
     plan.set_defaults(command=_plan)
 
     doctor = nouns.add_parser(
@@ -54,7 +43,33 @@ def add_commands(nouns) -> None:
     doctor.set_defaults(command=_doctor)
 
 
-def _plan(args: argparse.Namespace) -> None:
+def _parse_plan(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    from llmkit.cli import Parser
+
+    plan = Parser(
+        prog="llmkit plan",
+        allow_abbrev=False,
+        description="Print the tokens, floating-point operations, memory, time, cost and disk of a recipe's run. "
+        "Memory is that of the recipe's real step, run without content. Nothing is downloaded but the configuration "
+        "of a base model on the Hub.",
+        epilog="Any field of the recipe can follow, as --field value.",
+    )
+    plan.add_argument(
+        "recipe", help="The recipe's file, or the name of one of llmkit's own, such as pretrain_gpt2_124m."
+    )
+    plan.add_argument(
+        "--gpu", help="Words of the GPU's name, such as H200 or 'A100 80GB'. The default is this machine."
+    )
+    plan.add_argument("--gpus", type=int, default=1, help="The number of devices, each with a rank (default: 1).")
+    plan.add_argument("--mfu", type=float, default=0.4, help="The share of the peak that is assumed (default: 0.4).")
+    plan.add_argument("--dollars_per_hour", type=float, help="The price of one device for an hour.")
+    plan.add_argument("--measure", action="store_true", help="Take real steps on this machine to measure the pace.")
+    plan.add_argument("--json", action="store_true", help="Print the figures as JSON.")
+    return plan.parse_known_args(argv)
+
+
+def _plan(given: argparse.Namespace) -> None:
+    args, fields = _parse_plan(given.arguments)
     if args.gpus < 1:
         raise UserError(f"gpus={args.gpus}: must be at least 1")
     if not 0 < args.mfu <= 1:
@@ -64,13 +79,18 @@ def _plan(args: argparse.Namespace) -> None:
     if args.measure and (args.gpu or args.gpus > 1):
         raise UserError("--measure is for this machine with one device: leave out --gpu and --gpus")
 
-    data_args, model_args, training_args = parse_recipe(PRETRAIN, args.fields, default_config=recipe_path(args.recipe))
+    path = recipe_path(args.recipe)
+    kind = kind_of(path, fields)
+    recipe = parse_recipe(kind, fields, default_config=path)
 
-    from llmkit.planning.plan import Hardware, plan_pretraining
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
 
-    hardware = Hardware.of(args.gpu, args.gpus)
-    how = {"mfu": args.mfu, "dollars_per_hour": args.dollars_per_hour, "measure": args.measure}
-    plan = plan_pretraining(data_args, model_args, training_args, hardware, **how)
+    from llmkit.planning.hardware import Hardware
+    from llmkit.planning.plan import Assumptions
+    from llmkit.planning.recipe_plan import plan_recipe
+
+    assumptions = Assumptions(args.mfu, args.dollars_per_hour, args.measure)
+    plan = plan_recipe(kind, recipe, Hardware.of(args.gpu, args.gpus), assumptions)
     print(json.dumps(plan.as_dict(), indent=2) if args.json else plan.table())
 
 
@@ -85,9 +105,14 @@ def _doctor(args: argparse.Namespace) -> None:
         folder = recipe[-1].output_dir
 
     from llmkit.planning.doctor import ERROR, examine
-    from llmkit.planning.recipe_checks import examine_recipe
 
-    of_recipe = examine_recipe(kind, recipe) if kind else ()
+    of_recipe = ()
+    if kind:
+        warnings.filterwarnings("ignore", category=FutureWarning)  # as in `_plan`
+
+        from llmkit.planning.recipe_checks import examine_recipe
+
+        of_recipe = examine_recipe(kind, recipe)
     failed = False
     for finding in itertools.chain(examine(Path(folder).absolute()), of_recipe):
         failed = failed or finding.state == ERROR

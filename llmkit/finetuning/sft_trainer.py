@@ -74,13 +74,11 @@ class ConversationTrainer(AdapterTrainer, SFTTrainer):
         labels = inputs["labels"][:, 1:]
         trained = labels != IGNORE_INDEX
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        outputs = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
-        hidden = outputs.hidden_states[-1][:, :-1][trained]
         # Evaluation fills its last batch with rows that have no targets.
         num_items = trained.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         # pyrefly: ignore[not-callable]  torch calls every attribute of a module a tensor or a module
         head = self.accelerator.unwrap_model(model).get_output_embeddings()
-        loss = linear_cross_entropy(hidden, head.weight, labels[trained], num_items, head.bias)
+        loss = loss_of_trained(model, head, inputs, trained, labels[trained], num_items)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # DDP's mean over ranks becomes the sum that is divided
         return loss
@@ -98,6 +96,27 @@ class ConversationTrainer(AdapterTrainer, SFTTrainer):
         assert isinstance(loss, torch.Tensor)
         targets = (inputs["labels"][:, 1:] != IGNORE_INDEX).sum().to(loss.device)
         return torch.stack([loss * targets, targets])
+
+
+def loss_of_trained(
+    model: nn.Module,
+    head: nn.Linear,
+    inputs: dict[str, torch.Tensor],
+    trained: torch.Tensor | tuple[torch.Tensor, ...],
+    targets: torch.Tensor,
+    num_items: torch.Tensor | int,
+) -> torch.Tensor:
+    """Cross-entropy at the trained positions alone, summed and divided by `num_items`.
+
+    Args:
+        head: the model's.
+        inputs: without labels, (B, T).
+        trained: the index of the trained positions among the (B, T - 1) that have a next token.
+        targets: their next tokens.
+    """
+    outputs = model(**inputs, use_cache=False, output_hidden_states=True, logits_to_keep=1)
+    hidden = outputs.hidden_states[-1][:, :-1][trained]
+    return linear_cross_entropy(hidden, head.weight, targets, num_items, head.bias)
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ the code: whatever the model, the loss or the optimizer allocates is counted, an
 A 1.5B model takes some seconds on a laptop.
 """
 
+import inspect
+import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +21,25 @@ from torch.utils._pytree import tree_iter  # private: what dispatch modes walk t
 
 from llmkit.model import loss
 
+MEASURED = 10.0  # seconds of steps, at least, that a pace is measured over
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step of a run is made of: called under fake tensors to plan it, or in earnest to time it.
+
+    Attributes:
+        build: makes the model, ready to train.
+        loss_of: makes a micro-batch and its loss.
+        create_optimizer: makes the optimizer of the model.
+        accumulate: whether a step has several micro-batches, so that gradients are alive during the forward pass.
+    """
+
+    build: Callable[[], torch.nn.Module]
+    loss_of: Callable[[torch.nn.Module], torch.Tensor]
+    create_optimizer: Callable[[torch.nn.Module], Optimizer]
+    accumulate: bool = False
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all tensors that are made while it is on, each storage once and until it is freed.
@@ -26,11 +47,13 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         now: bytes that are alive.
         peak: the most that were alive at one time.
+        of_loss: those among them, at the peak, that `llmkit.model.loss` made.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.of_loss = 0
+        self._of_loss_now = 0
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -44,14 +67,28 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()  # private: the address of the storage, its identity
         if key in self._alive:
             return
+        of_loss = size if _called_by_loss() else 0
         self.now += size
-        self.peak = max(self.peak, self.now)
+        self._of_loss_now += of_loss
+        if self.now > self.peak:
+            self.peak, self.of_loss = self.now, self._of_loss_now
 
         def freed(_: weakref.ref) -> None:
             self.now -= size
+            self._of_loss_now -= of_loss
             del self._alive[key]
 
         self._alive[key] = weakref.ref(storage, freed)
+
+
+def _called_by_loss() -> bool:
+    """Whether the operation that is run comes from the loss's module."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_filename == loss.__file__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(frozen=True)
@@ -62,57 +99,94 @@ class StepMemory:
         weights: parameters and buffers.
         gradients: of all trained parameters.
         optimizer: its state.
-        activations: everything else that is alive at the peak: activations, the loss's chunk, temporary tensors.
+        activations: everything else that is alive at the peak: activations and temporary tensors.
+        loss_chunk: the logits of a chunk and what else the loss holds at the peak, which may lie elsewhere.
     """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    loss_chunk: int
 
     @property
     def peak(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer + self.activations + self.loss_chunk
 
 
-def step_memory(
-    build: Callable[[], torch.nn.Module],
-    loss_of: Callable[[torch.nn.Module], torch.Tensor],
-    create_optimizer: Callable[[torch.nn.Module], Optimizer],
-    *,
-    device_type: str,
-    autocast: torch.dtype | None,
-    accumulate: bool,
-) -> StepMemory:
-    """The memory of one optimizer step, after a first one that makes the optimizer's state.
+@dataclass(frozen=True)
+class Pace:
+    """Measured seconds: of a micro-batch, forward and backward, and of the update once a step."""
+
+    micro_batch: float
+    update: float
+
+
+def step_memory(step: Step, *, device_type: str, autocast: torch.dtype | None) -> StepMemory:
+    """The memory of an optimizer step when the optimizer has its state.
 
     Args:
-        build: makes the model, ready to train. Called under fake tensors, as are the next two.
-        loss_of: makes a micro-batch and its loss.
-        create_optimizer: makes the optimizer.
         device_type: "cpu" or "cuda", which decides how large the chunks of the loss are.
         autocast: the dtype of products, or None for that of the weights.
-        accumulate: whether a step has several micro-batches, so that gradients are alive during the forward pass.
     """
     live = LiveBytes()
     with _chunks_of(device_type), FakeTensorMode(), live:
-        model = build()
-        optimizer = create_optimizer(model)
-        for _ in range(2):
-            live.peak = live.now
-            for _ in range(2 if accumulate else 1):
-                with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                    value = loss_of(model)
-                value.backward()
-                del value
-            trained = [parameter for parameter in model.parameters() if parameter.grad is not None]
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            gradients = _bytes(parameter.grad for parameter in trained)
+        model = step.build()
+        optimizer = step.create_optimizer(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # makes its state, as the first step of a run does
+        if not step.accumulate:
             optimizer.zero_grad()
+        live.peak, live.of_loss = live.now, 0
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            value = step.loss_of(model)
+        value.backward()
+        del value
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        gradients = _bytes(parameter.grad for parameter in trained)
         weights = _bytes([*model.parameters(), *model.buffers()])
         state = _bytes(value for each in optimizer.state.values() for value in each.values())
-    return StepMemory(weights, gradients, state, live.peak - weights - gradients - state)
+    rest = live.peak - weights - gradients - state
+    of_loss = min(live.of_loss, rest)
+    return StepMemory(weights, gradients, state, rest - of_loss, of_loss)
+
+
+def measured_pace(step: Step, autocast: torch.dtype | None, compiled: bool) -> Pace:
+    """Real steps on this machine's device. The first two, which compile and find their memory, are not timed.
+
+    Args:
+        compiled: with torch.compile.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    micro_batch = update = 0.0
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    with device:
+        model = step.build()
+        optimizer = step.create_optimizer(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        called: torch.nn.Module = torch.compile(model) if compiled else model  # pyrefly: ignore[bad-assignment]
+        for count in range(-2, 1_000_000):
+            start = now()
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                value = step.loss_of(called)
+            value.backward()
+            middle = now()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            if count >= 0:
+                micro_batch, update = micro_batch + middle - start, update + now() - middle
+            if count >= 2 and micro_batch + update >= MEASURED:
+                break
+    return Pace(micro_batch / (count + 1), update / (count + 1))
 
 
 def _bytes(values: Iterable) -> int:

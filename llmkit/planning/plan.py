@@ -1,76 +1,55 @@
-"""What a recipe's run will take: tokens, steps, floating-point operations, memory, hours, cost and disk."""
+"""What a run will take: the figures, as a table for people and as JSON for scripts."""
 
-import os
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 
 import torch
-from transformers import Trainer
 
-from llmkit.data.arguments import DataArguments
-from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
-from llmkit.errors import UserError
-from llmkit.machine import GPUS, bf16_is_fast
-from llmkit.model.arguments import ModelArguments
-from llmkit.model.configuration_gpt2 import GPT2Config
-from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
-from llmkit.planning.memory import StepMemory, largest_micro_batch, step_memory
-from llmkit.training.arguments import PretrainArguments
-from llmkit.training.optimizers import MUON, create_muon
+from llmkit.machine import set_up_cpu
+from llmkit.planning.hardware import Hardware
+from llmkit.planning.memory import Step, StepMemory, largest_micro_batch, measured_pace, step_memory
+from llmkit.training.budget import evaluations, saves
+from llmkit.training.run_arguments import RunArguments
 
-CHINCHILLA = (
-    20  # tokens for each parameter, where a given amount of compute gives the lowest loss (Hoffmann et al. 2022)
-)
-CHARACTERS = 128  # tokens of a character tokenizer before its text was read: a guess that is said to be one
+CHINCHILLA = 20  # tokens a parameter with the lowest loss for a given compute (Hoffmann et al. 2022)
 USABLE = 0.92  # of a device's memory: the CUDA context, fragmentation and NCCL take some
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """What a run is planned for.
+class Assumptions:
+    """What is assumed of a run beside its recipe.
 
     Attributes:
-        name: of one device.
-        count: the number of devices, with a rank on each.
-        device_type: "cpu" or "cuda".
-        memory: bytes of one device.
-        peak: its bfloat16 peak in FLOP/s, None where it is not known.
+        mfu: the share of the devices' peak that the run reaches.
+        dollars_per_hour: the price of one device.
+        measure: take some real steps on this machine and use their pace.
     """
 
-    name: str
-    count: int
-    device_type: str
-    memory: float
-    peak: float | None
+    mfu: float = 0.4
+    dollars_per_hour: float | None = None
+    measure: bool = False
 
-    @classmethod
-    def of(cls, gpu: str | None, count: int) -> "Hardware":
-        """A GPU by words of its name, such as "H200" or "A100 80GB", or this machine.
 
-        Raises:
-            UserError: no GPU or several different ones have that in their name.
-        """
-        if gpu is None:
-            if torch.cuda.is_available():
-                name, memory = torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1]
-                return cls(name, count, "cuda", memory, GPUS[name].peak if name in GPUS else None)
-            return cls("cpu", count, "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count, None)
-        words = set(gpu.lower().split())
-        found = {name: each for name, each in GPUS.items() if words <= set(name.lower().replace("-", " ").split())}
-        if not found:
-            raise UserError(f"gpu={gpu}: not known; choose from {', '.join(GPUS)}")
-        if len(set(found.values())) > 1:
-            raise UserError(f"gpu={gpu}: say which one of {', '.join(found)}")
-        name, each = next(iter(found.items()))
-        return cls(name, count, "cuda", each.memory, each.peak)
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a run on one device.
 
-    @property
-    def autocast(self) -> torch.dtype | None:
-        """bfloat16 where a run would choose it, else None."""
-        fast = self.device_type == "cuda" or bf16_is_fast(self.device_type)
-        return torch.bfloat16 if fast else None
+    Attributes:
+        parameters: of the model, a tied embedding counted once.
+        trained: those that are trained.
+        row: tokens of a window or of a packed row.
+        step_tokens: of an optimizer step over all ranks.
+        micro_batch, accumulation: rows that a rank computes at a time, and how many times for a step.
+        flops_per_token: forward and backward.
+    """
+
+    parameters: int
+    trained: int
+    row: int
+    step_tokens: int
+    micro_batch: int
+    accumulation: int
+    flops_per_token: float
 
 
 @dataclass(frozen=True)
@@ -78,30 +57,26 @@ class Plan:
     """What a run will take. Bytes are of one rank; None where something is not known before the run.
 
     Attributes:
-        parameters: of the model, the tied embedding counted once.
-        tokens: trained over the run.
-        train_tokens: in one pass over the text.
-        steps: optimizer steps.
-        micro_batch, accumulation: sequences that a rank computes at a time, and how many times for a step.
-        flops: of the whole run, forward and backward.
-        memory: of a step at `micro_batch`.
+        steps, tokens, flops: of the whole run, forward and backward.
+        train_tokens: in one pass over the data.
+        memory: of a step at `sizes.micro_batch`.
         communication: bytes of DDP's buckets, a copy of the gradients.
         largest_micro_batch: that fits into the device's memory.
         fits: what it takes to fit: "as it is", "with activation_checkpointing", "with FSDP2", "with both", or None.
-        hours, dollars: at `mfu` of the peak, or at the measured pace.
+        hours, dollars: at `mfu` of the peak, at the measured pace, or as the recipe says.
         checkpoint, checkpoints: bytes of one, and the number that is kept.
         shards: bytes of the token shards.
-        evaluations, samples, saves: that the run will make.
+        evaluations, samples, saves: that the run will make, the last evaluation and the saved model included.
     """
 
     hardware: Hardware
-    parameters: int
-    tokens: int
+    sizes: Sizes
+    model: str
+    length: str
+    steps: int | None
+    tokens: int | None
+    flops: float | None
     train_tokens: int | None
-    steps: int
-    micro_batch: int
-    accumulation: int
-    flops: float
     memory: StepMemory
     communication: int
     largest_micro_batch: int
@@ -111,210 +86,179 @@ class Plan:
     hours: float | None
     dollars: float | None
     checkpoint: int
-    checkpoints: int
+    checkpoints: int | None
     shards: int | None
-    evaluations: int
-    samples: int
-    saves: int
+    evaluations: int | None
+    samples: int | None
+    saves: int | None
+
+    @property
+    def peak(self) -> int:
+        """Bytes of one rank."""
+        return self.memory.peak + self.communication
+
+    @property
+    def duration(self) -> str:
+        """The hours for people."""
+        if self.hours is None:
+            return "not known"
+        return f"{self.hours:,.1f} hours" if self.hours >= 1 else f"{self.hours * 60:.1f} minutes"
 
     def as_dict(self) -> dict:
-        """For `--json`."""
-        return asdict(self) | {"peak": self.memory.peak + self.communication}
+        """For `--json`: the sizes of a step beside the figures of the run."""
+        figures = asdict(self)
+        return figures.pop("sizes") | figures | {"peak": self.peak}
 
     def table(self) -> str:
         """For people."""
-        of, gb = self.hardware, 1e9
-        rank = self.memory.peak + self.communication
-        passes = f", {self.tokens / self.train_tokens:.2f} passes over the text" if self.train_tokens else ""
-        ratio = self.tokens / self.parameters
-        parts = {
-            "weights": self.memory.weights,
-            "gradients": self.memory.gradients,
-            "optimizer": self.memory.optimizer,
-            "activations": self.memory.activations,
-            "DDP buckets": self.communication,
-        }
-        rows = [
-            ("model", f"{self.parameters:,} parameters"),
-            ("run", f"{self.steps:,} steps, {self.tokens:,} tokens{passes}"),
-            ("", f"{ratio:.1f} tokens a parameter (Chinchilla: {CHINCHILLA})"),
-            ("compute", f"{self.flops:.2e} FLOPs"),
-            ("hardware", f"{of.count} x {of.name}, {of.memory / gb:.0f} GB each"),
-            ("step", f"{self.micro_batch} sequences on each device at a time, {self.accumulation} times"),
-            ("memory", " + ".join(f"{name} {size / gb:.2f}" for name, size in parts.items() if size)),
-            ("", f"= {rank / gb:.2f} GB on each device, {rank / of.memory:.0%} of its memory"),
-            ("", f"it fits {self.fits}" if self.fits else "it does not fit, not even sharded: take a smaller model"),
-            ("", f"the largest micro-batch that fits is {self.largest_micro_batch}"),
-        ]
-        if self.hours is not None:
-            cost = f", {self.dollars:,.0f} dollars" if self.dollars is not None else ""
-            rows.append(
-                ("time", f"{_duration(self.hours)}{cost}, at {self.tokens_per_second:,.0f} tokens/s, {self.pace}")
-            )
-        else:
-            rows.append(("time", "not known: --measure takes some steps here, or name a --gpu"))
-        disk = f"{self.checkpoints} checkpoint(s) of {self.checkpoint / gb:.2f} GB"
-        disk += f", shards of {self.shards / gb:.2f} GB" if self.shards is not None else ""
+        rows = [("model", self.model), *self._length(), *self._memory(), *self._time()]
+        disk = f"checkpoints of {amount(self.checkpoint)}"
+        disk = f"{self.checkpoints} {disk}" if self.checkpoints is not None else disk
+        disk += f", shards of {amount(self.shards)}" if self.shards is not None else ""
         rows.append(("disk", disk))
-        rows.append(("on the way", f"{self.evaluations} evaluations, {self.samples} samples, {self.saves} saves"))
+        if self.steps is not None:
+            counts = f"{self.evaluations} evaluations, {self.samples} samples, {self.saves} saves"
+            rows.append(("on the way", counts))
         return "\n".join(f"{name:>10}  {text}" for name, text in rows)
 
+    def _length(self) -> list[tuple[str, str]]:
+        if self.steps is None or self.tokens is None:
+            return [("run", self.length)]
+        passes = f", {self.tokens / self.train_tokens:.2f} passes over the data" if self.train_tokens else ""
+        rows = [("run", f"{self.steps:,} steps, {self.tokens:,} tokens{passes}")]
+        if self.sizes.trained == self.sizes.parameters:
+            ratio = self.tokens / self.sizes.parameters
+            rows.append(("", f"{ratio:.1f} tokens a parameter (Chinchilla: {CHINCHILLA})"))
+        return [*rows, ("compute", f"{self.flops:.2e} FLOPs")]
 
-def _duration(hours: float) -> str:
-    return f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:.1f} minutes"
+    def _memory(self) -> list[tuple[str, str]]:
+        of, sizes = self.hardware, self.sizes
+        named = asdict(self.memory) | {"DDP buckets": self.communication}
+        named["the loss's chunk"] = named.pop("loss_chunk")
+        fits = f"it fits {self.fits}" if self.fits else "it does not fit: take a smaller model or more memory"
+        return [
+            ("hardware", f"{of.count} x {of.name}, {amount(of.memory)} each"),
+            ("step", f"{sizes.micro_batch} x {sizes.row} tokens on each device at a time, {sizes.accumulation} times"),
+            ("memory", " + ".join(f"{name} {amount(size)}" for name, size in named.items() if size)),
+            ("", f"= {amount(self.peak)} on each device, {self.peak / of.memory:.0%} of its memory"),
+            ("", f"{fits}; the largest micro-batch that fits is {self.largest_micro_batch}"),
+        ]
+
+    def _time(self) -> list[tuple[str, str]]:
+        if self.hours is None and self.tokens_per_second:
+            return [("time", f"{self.tokens_per_second:,.0f} tokens/s, {self.pace}; hours follow from the steps")]
+        if self.hours is None:
+            return [("time", "not known: --measure takes some steps here, or name a --gpu")]
+        cost = f", {self.dollars:,.0f} dollars" if self.dollars is not None else ""
+        at = f", at {self.tokens_per_second:,.0f} tokens/s, {self.pace}" if self.tokens_per_second else ""
+        return [("time", f"{self.duration}{cost}{at}")]
 
 
-def plan_pretraining(
-    data_args: DataArguments,
-    model_args: ModelArguments,
-    args: PretrainArguments,
+def amount(size: float) -> str:
+    """Bytes for people."""
+    if size < 1e8:
+        return f"{size / 1e6:.1f} MB"
+    return f"{size / 1e9:.2f} GB" if size < 2e10 else f"{size / 1e9:,.0f} GB"
+
+
+def make_plan(
+    model: str,
+    sizes: Sizes,
+    step: Callable[[int, bool], Step],
+    args: RunArguments,
     hardware: Hardware,
+    assumptions: Assumptions,
     *,
-    mfu: float = 0.4,
-    dollars_per_hour: float | None = None,
-    measure: bool = False,
+    steps_of_epochs: int | None,
+    train_tokens: int | None,
+    shards: int | None,
+    prompts: int,
 ) -> Plan:
-    """The plan of a pretraining recipe. Nothing is downloaded, and no memory is taken except to measure.
+    """The plan of a run whose step is known.
 
     Args:
-        mfu: the share of the devices' peak that the run is assumed to reach.
-        dollars_per_hour: for one device.
-        measure: take some real steps on this machine and use their pace.
-
-    Raises:
-        UserError: what a run would refuse, too.
+        model: what it is, in words.
+        step: makes the step of a micro-batch, with or without activation checkpointing.
+        steps_of_epochs: that `num_train_epochs` comes to, None where the data are not known.
+        train_tokens: in one pass over the data.
+        shards: bytes of the token shards.
+        prompts: that are continued at each evaluation.
     """
-    config = model_args.config()
-    manifest = prepared_shards(data_args)
-    config.vocab_size = vocabulary_size(data_args, config)
-    block_size = model_args.block_size or config.n_positions
-    accumulation = args.accumulation(block_size, hardware.count)
-    train_tokens = manifest.splits["train"].tokens if manifest else None
-    if measure:
-        rate, pace = measured_rate(config, args, block_size), "measured here"
-    elif hardware.peak:
-        rate = hardware.count * hardware.peak * mfu / config.flops_per_token(block_size)
-        pace = f"{mfu:.0%} of the peak, assumed"
-    else:
-        rate, pace = None, ""
-    if args.max_steps > 0:
-        steps = args.max_steps
-    elif args.train_minutes is not None:
-        if rate is None:
-            raise UserError("train_minutes needs a pace to count its steps: add --measure, a --gpu, or max_steps")
-        steps = max(1, int(60 * args.train_minutes * rate / args.total_batch_tokens))
-    elif train_tokens is not None:
-        steps = max(1, round(args.num_train_epochs * train_tokens / args.total_batch_tokens))
-    else:
-        raise UserError(
-            "num_train_epochs needs prepared text to count its tokens: give max_steps, or prepare it first"
-        )
-    tokens = steps * args.total_batch_tokens
+    # The arguments were resolved for this machine; what is planned for another one is what that one would choose.
+    here = torch.bfloat16 if args.bf16 else None
+    autocast = here if hardware.device_type == "cpu" else hardware.autocast
 
     def memory(micro_batch: int, checkpointing: bool = bool(args.activation_checkpointing)) -> StepMemory:
-        return pretraining_memory(config, args, micro_batch, block_size, hardware, accumulation > 1, checkpointing)
+        return step_memory(step(micro_batch, checkpointing), device_type=hardware.device_type, autocast=autocast)
 
-    micro_batch, twice = args.per_device_train_batch_size, 2 * args.per_device_train_batch_size
-    found = memory(micro_batch)
+    found, twice = memory(sizes.micro_batch), memory(2 * sizes.micro_batch)
     buckets = found.gradients if hardware.count > 1 else 0
     limit = hardware.memory * USABLE
-    hours = tokens / rate / 3600 if rate else None
-    evaluations = _every(args.eval_strategy, args.eval_steps, args.logging_steps, steps) + 1  # and one at the end
-    saves = _every(args.save_strategy, args.save_steps, args.logging_steps, steps)
+    most = largest_micro_batch(
+        (sizes.micro_batch, found.peak + buckets), (2 * sizes.micro_batch, twice.peak + buckets), limit
+    )
+    rate, pace = _rate(sizes, step, args, hardware, assumptions)
+    steps, length = _steps(args, sizes, rate, steps_of_epochs)
+    tokens = steps * sizes.step_tokens if steps is not None else None
+    hours = tokens / rate / 3600 if tokens is not None and rate else None
+    if args.train_minutes is not None:
+        hours = args.train_minutes / 60
+    paid = hours * assumptions.dollars_per_hour * hardware.count if hours and assumptions.dollars_per_hour else None
+    looks = evaluations(args, steps) if steps is not None else None
+    kept = saves(args, steps) if steps is not None else None
     return Plan(
         hardware=hardware,
-        parameters=config.num_parameters,
-        tokens=tokens,
-        train_tokens=train_tokens,
+        sizes=sizes,
+        model=model,
+        length=length,
         steps=steps,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-        flops=float(tokens * config.flops_per_token(block_size)),
+        tokens=tokens,
+        flops=float(tokens * sizes.flops_per_token) if tokens is not None else None,
+        train_tokens=train_tokens,
         memory=found,
         communication=buckets,
-        largest_micro_batch=min(
-            largest_micro_batch((micro_batch, found.peak + buckets), (twice, memory(twice).peak + buckets), limit),
-            args.total_batch_tokens // (block_size * hardware.count),
-        ),
-        fits=_what_fits(found, lambda: memory(micro_batch, True), buckets, limit, hardware.count),
+        largest_micro_batch=min(most, sizes.step_tokens // (sizes.row * hardware.count)),
+        fits=_what_fits(found, lambda: memory(sizes.micro_batch, True), buckets, limit, hardware.count),
         tokens_per_second=rate,
         pace=pace,
         hours=hours,
-        dollars=hours * dollars_per_hour * hardware.count if hours and dollars_per_hour is not None else None,
-        checkpoint=found.weights + found.optimizer,
-        checkpoints=min(saves, args.save_total_limit or saves),
-        shards=_shard_bytes(manifest),
-        evaluations=evaluations,
-        samples=evaluations * len(args.sample_prompts),
-        saves=saves,
+        dollars=paid,
+        checkpoint=found.gradients + found.optimizer,  # the trained weights are as large as their gradients
+        checkpoints=min(kept, args.save_total_limit or kept) if kept is not None else None,
+        shards=shards,
+        evaluations=looks,
+        samples=looks * prompts if looks is not None else None,
+        saves=kept + 1 if kept is not None else None,
     )
 
 
-def pretraining_memory(
-    config: GPT2Config,
-    args: PretrainArguments,
-    micro_batch: int,
-    block_size: int,
-    hardware: Hardware,
-    accumulate: bool,
-    checkpointing: bool = False,
-) -> StepMemory:
-    """The memory of a step of the model that `config` describes, at a micro-batch of so many windows."""
-
-    def build() -> GPT2LMHeadModel:
-        model = GPT2LMHeadModel(config)
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        return model.train()
-
-    def loss_of(model: torch.nn.Module) -> torch.Tensor:
-        ids = torch.zeros(micro_batch, block_size, dtype=torch.long)
-        return model(ids, shift_labels=ids, num_items_in_batch=1).loss
-
-    def create_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
-        assert isinstance(model, GPT2LMHeadModel), "that of `build`"
-        if args.optim == MUON:
-            return create_muon(model, args, decayed=())
-        optimizer_class, how = Trainer.get_optimizer_cls_and_kwargs(args, model)
-        return optimizer_class(model.parameters(), **how)
-
-    # The arguments were resolved for this machine; what is planned for another one is what that one would choose.
-    here = torch.bfloat16 if args.bf16 else None
-    return step_memory(
-        build,
-        loss_of,
-        create_optimizer,
-        device_type=hardware.device_type,
-        autocast=here if hardware.device_type == "cpu" else hardware.autocast,
-        accumulate=accumulate,
-    )
+def _rate(
+    sizes: Sizes, step: Callable[[int, bool], Step], args: RunArguments, hardware: Hardware, assumptions: Assumptions
+) -> tuple[float | None, str]:
+    """Tokens per second of the whole run, None where nothing tells, and where they are from."""
+    if assumptions.measure:
+        if hardware.device_type == "cpu":
+            set_up_cpu()
+        autocast = torch.bfloat16 if args.bf16 else None
+        checkpointing = bool(args.activation_checkpointing)
+        pace = measured_pace(step(sizes.micro_batch, checkpointing), autocast, bool(args.torch_compile))
+        return sizes.step_tokens / (sizes.accumulation * pace.micro_batch + pace.update), "measured here"
+    if hardware.peak:
+        rate = hardware.count * hardware.peak * assumptions.mfu / sizes.flops_per_token
+        return rate, f"{assumptions.mfu:.0%} of the peak, assumed"
+    return None, ""
 
 
-def measured_rate(config: GPT2Config, args: PretrainArguments, block_size: int, seconds: float = 10.0) -> float:
-    """Tokens per second of real steps on this machine's device, on random tokens, the first two left out."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # pyrefly: ignore[bad-argument-type]  a decorator of transformers hides what `to` takes
-    model = GPT2LMHeadModel(config).to(device).train()
-    optimizer_class, how = Trainer.get_optimizer_cls_and_kwargs(replace(args, optim="adamw_torch_fused"), model)
-    optimizer = optimizer_class(model.parameters(), **how)
-    dtype = torch.bfloat16 if bf16_is_fast(device.type) else None
-    ids = torch.randint(config.vocab_size, (args.per_device_train_batch_size, block_size), device=device)
-
-    def step() -> None:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss = model(ids, shift_labels=ids).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()  # waits for a GPU
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for _ in range(2):
-        step()
-    start, steps = time.perf_counter(), 0
-    while (elapsed := time.perf_counter() - start) < seconds or steps < 3:
-        step()
-        steps += 1
-    return steps * ids.numel() / elapsed
+def _steps(
+    args: RunArguments, sizes: Sizes, rate: float | None, steps_of_epochs: int | None
+) -> tuple[int | None, str]:
+    """The number of steps, None where it is not known yet, and the run's length in words."""
+    if args.max_steps > 0:
+        return args.max_steps, f"{args.max_steps:,} steps"
+    if args.train_minutes is not None:
+        length = f"{args.train_minutes:g} minutes, in as many steps as fit (--measure takes some here)"
+        return (max(1, int(60 * args.train_minutes * rate / sizes.step_tokens)) if rate else None), length
+    return steps_of_epochs, f"{args.num_train_epochs:g} passes over data that were not read (--max_steps states steps)"
 
 
 def _what_fits(
@@ -328,42 +272,11 @@ def _what_fits(
         return "with activation_checkpointing: true"
 
     def sharded(memory: StepMemory) -> float:
-        return (memory.weights + memory.gradients + memory.optimizer) / ranks + memory.activations
+        state = memory.weights + memory.gradients + memory.optimizer
+        return state / ranks + memory.peak - state
 
     if ranks > 1 and sharded(found) <= limit:
         return "with accelerate_configs/fsdp2.yaml"
     if ranks > 1 and sharded(small) <= limit:
         return "with accelerate_configs/fsdp2.yaml and activation_checkpointing: true"
     return None
-
-
-def prepared_shards(args: DataArguments) -> Manifest | None:
-    """What the recipe's `data_dir` holds, None where nothing is prepared."""
-    folder = Path(args.data_dir) if args.data_dir else None
-    return load_manifest(folder) if folder and (folder / MANIFEST).exists() else None
-
-
-def vocabulary_size(args: DataArguments, config: GPT2Config) -> int:
-    """Of the recipe's shards, or of the tokenizer that it will make."""
-    if manifest := prepared_shards(args):
-        return manifest.vocab_size
-    if args.tokenizer == "bpe":
-        return args.vocab_size
-    return CHARACTERS if args.tokenizer == "character" else config.vocab_size
-
-
-def _shard_bytes(manifest) -> int | None:
-    if manifest is None:
-        return None
-    width = torch.empty(0, dtype=getattr(torch, manifest.dtype)).element_size()
-    return sum(split.tokens for split in manifest.splits.values()) * width
-
-
-def _every(strategy: str, every: float | None, logging_steps: float, steps: int) -> int:
-    """How often something happens that a strategy of Trainer's decides."""
-    if strategy == "no":
-        return 0
-    if strategy == "epoch":
-        return 1  # the whole run is one epoch to Trainer
-    every = every or logging_steps
-    return steps // (max(1, int(steps * every)) if every < 1 else int(every))

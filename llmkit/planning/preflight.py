@@ -17,7 +17,7 @@ from llmkit.errors import UserError
 from llmkit.files import checksum
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 from llmkit.planning.doctor import ERROR, Finding
-from llmkit.planning.plan import prepared_shards, vocabulary_size
+from llmkit.planning.pretraining import prepared_shards, vocabulary_size
 from llmkit.planning.training_checks import examine_training
 from llmkit.recipe_kinds import PRETRAIN, RecipeKind
 from llmkit.training.pretrain_trainer import PretrainTrainer

@@ -1,15 +1,22 @@
 """What one recipe needs of this machine, for `llmkit doctor --recipe`: the same lines as `doctor`'s own."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
+from llmkit.data.arguments import DataArguments
 from llmkit.data.manifest import MANIFEST
 from llmkit.errors import UserError
 from llmkit.machine import why_not_compile
 from llmkit.paths import local_path
 from llmkit.planning.doctor import ERROR, OK, WARNING, Finding, four_bit_kernels, wandb_login
+from llmkit.planning.hardware import Hardware
+from llmkit.planning.plan import Assumptions, amount
 from llmkit.planning.preflight import preflight
-from llmkit.recipe_kinds import PRETRAIN, RecipeKind
+from llmkit.planning.recipe_plan import plan_recipe
+from llmkit.recipe_kinds import DPO, PRETRAIN, RecipeKind
 
 
 def examine_recipe(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
@@ -19,7 +26,7 @@ def examine_recipe(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
         kind: of the recipe.
         recipe: its filled dataclasses, as `parse_recipe` gives them: data, model, training.
     """
-    checks: list[Callable[[RecipeKind, tuple], Iterator[Finding]]] = [files, libraries, preflight]
+    checks: list[Callable[[RecipeKind, tuple], Iterator[Finding]]] = [files, libraries, memory_and_disk, preflight]
     for check in checks:
         yield from check(kind, recipe)
 
@@ -29,8 +36,8 @@ def files(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
     for what, name, repo_type in _named(kind, recipe):
         try:
             place = local_path(name)
-        except UserError as error:
-            yield Finding(what, ERROR, str(error), "give its path, or its name on the Hub")
+        except UserError as error:  # of an adapter; a recipe with another path that is not there is no recipe
+            yield Finding(what, ERROR, str(error), "train it first, or give its path or its name on the Hub")
             continue
         if place is not None:
             yield Finding(what, OK, f"{name} is a folder of this machine")
@@ -45,11 +52,15 @@ def _named(kind: RecipeKind, recipe: tuple) -> Iterator[tuple[str, str, str]]:
         named = (("dataset", data.dataset_name, "dataset"), ("model", model.model, "model"))
         named += (("adapter", getattr(model, "adapter", None), "model"),)  # preference tuning's
     else:
-        prepared = data.data_dir and (Path(data.data_dir) / MANIFEST).exists()
+        dataset = None if _is_prepared(data) else data.dataset_name
         tokenizer = None if data.tokenizer in ("bpe", "character") else data.tokenizer
-        named = (("dataset", None if prepared else data.dataset_name, "dataset"), ("tokenizer", tokenizer, "model"))
+        named = (("dataset", dataset, "dataset"), ("tokenizer", tokenizer, "model"))
         named += (("model", model.init_from, "model"),)
     return ((what, name, repo_type) for what, name, repo_type in named if name is not None)
+
+
+def _is_prepared(data: DataArguments) -> bool:
+    return data.data_dir is not None and (Path(data.data_dir) / MANIFEST).exists()
 
 
 def _on_hub(what: str, name: str, repo_type: str) -> Finding:
@@ -96,3 +107,36 @@ def libraries(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
 
         if get_token() is None:
             yield Finding("push_to_hub", ERROR, "nobody is logged in to the Hub", "hf auth login")
+
+
+def memory_and_disk(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
+    """Whether a step fits into this machine's memory, and what the run writes onto its disks."""
+    if kind is DPO:
+        yield Finding("memory", WARNING, "not known: preference tuning has no plan", "start with a few steps")
+        return
+    try:
+        plan = plan_recipe(kind, recipe, Hardware.of(None, max(1, torch.cuda.device_count())), Assumptions())
+    except UserError as error:
+        yield Finding("memory", ERROR, f"not known, for a run would be refused: {error}")
+        return
+    text = f"a step takes {amount(plan.peak)} of {amount(plan.hardware.memory)} on each device"
+    if plan.fits == "as it is":
+        yield Finding("memory", OK, text)
+    else:
+        fix = f"it fits {plan.fits}" if plan.fits else "take a smaller model"
+        fix += f", or with per_device_train_batch_size {plan.largest_micro_batch}" if plan.largest_micro_batch else ""
+        yield Finding("memory", ERROR, text, fix)
+    data, _, args = recipe
+    # While one checkpoint is written, the ones that are kept are there, and at the end the model beside them.
+    kept = args.save_total_limit or plan.checkpoints or 1
+    needs = {args.output_dir: (kept + 2) * plan.checkpoint}
+    if kind is PRETRAIN and plan.shards and not _is_prepared(data):
+        needs[data.data_dir or "data"] = plan.shards
+    for folder, size in needs.items():
+        place = Path(folder).absolute()
+        while not place.exists():
+            place = place.parent
+        free = shutil.disk_usage(place).free
+        text = f"{folder} will hold up to {amount(size)}, {amount(free)} are free"
+        fix = "" if size < free else "free some space, or give a folder on another disk"
+        yield Finding("disk", OK if size < free else ERROR, text, fix)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import transformers
 from packaging.version import Version
+from transformers import PreTrainedModel
 
 from llmkit.training.mixin import ArgumentsMixin
 
@@ -32,3 +33,11 @@ class CheckpointingArguments(ArgumentsMixin):
             self.gradient_checkpointing = bool(self.activation_checkpointing)
             self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
         super().__post_init__()
+
+
+def enable_activation_checkpointing(model: PreTrainedModel, kwargs: dict | str | None = None) -> None:
+    """`model.activation_checkpointing_enable(kwargs)`, whose name is older before transformers 5.23."""
+    if RENAMES_CHECKPOINTING:
+        model.gradient_checkpointing_enable(kwargs)
+    else:
+        model.activation_checkpointing_enable(kwargs)

@@ -47,6 +47,18 @@ def test_a_disk_without_space_is_an_error(tmp_path):
     assert "No space left on device" in found.text
 
 
+def test_a_limit_on_files_is_an_error(tmp_path):
+    """RLIMIT_FSIZE, with which shells and batch systems keep a process from writing large files."""
+    code = (
+        "import resource, pathlib, sys; from llmkit.planning import doctor; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)); "
+        "print(list(doctor.disk(pathlib.Path(sys.argv[1]))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    (found,) = eval(done.stdout.splitlines()[-1], vars(doctor))
+    assert found.state == doctor.ERROR and "cannot write 64 MB (File too large)" in found.text
+
+
 def test_a_disk_with_space_tells_its_speed(tmp_path):
     (found,) = doctor.disk(tmp_path / "not" / "there" / "yet")
     assert found.state in (doctor.OK, doctor.WARNING)

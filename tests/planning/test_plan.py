@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from llmkit import cli
-from llmkit.planning.plan import Hardware
+from llmkit import GPT2Config, cli
+from llmkit.planning.hardware import Hardware
+from llmkit.training.arguments import PretrainArguments
+from llmkit.training.budget import evaluations, saves
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -45,16 +47,80 @@ def test_what_does_not_fit_is_said_with_what_would_help(capsys):
 def test_the_table_has_every_part(capsys):
     cli.main(["plan", str(RECIPES / "pretrain_quickstart.yaml"), "--max_steps", "10", "--eval_steps", "5"])
     table = capsys.readouterr().out
-    assert "10 steps, 40,960 tokens" in table and "3 evaluations" in table and "--measure" in table
+    assert "10 steps, 40,960 tokens" in table and "2 evaluations, 4 samples" in table and "--measure" in table
+
+
+def test_options_stand_before_and_after_the_recipe(capsys):
+    recipe = "pretrain_gpt2_124m"
+    after = plan(capsys, recipe, "--gpu", "L4", "--max_steps", "1000", "--gpus", "2")
+    assert after == plan(capsys, "--gpus", "2", "--gpu", "L4", recipe, "--max_steps", "1000")
+    assert after["steps"] == 1000 and after["hardware"]["count"] == 2
+
+
+def test_evaluations_and_saves_are_those_of_the_run(capsys):
+    how = ["--max_steps", "20", "--eval_steps", "0.25", "--save_steps", "7", "--eval_on_start", "true"]
+    found = plan(capsys, "--gpu", "L4", "pretrain_quickstart", *how)
+    args = PretrainArguments(
+        output_dir="unused", use_cpu=True, eval_strategy="steps", eval_steps=0.25, save_steps=7, eval_on_start=True
+    )
+    assert (found["evaluations"], found["saves"]) == (evaluations(args, 20), saves(args, 20) + 1) == (5, 4)
 
 
 def test_minutes_take_the_pace(capsys):
     recipe = [str(RECIPES / "pretrain_gpt2_124m.yaml"), "--train_minutes", "90", "--hellaswag_steps", "0"]
     found = plan(capsys, "--gpu", "H200", *recipe)
-    assert found["hours"] == pytest.approx(1.5, rel=1e-2)
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["plan", *recipe])
-    assert "train_minutes needs a pace" in capsys.readouterr().err
+    assert found["hours"] == 1.5
+    assert found["steps"] * found["step_tokens"] / found["tokens_per_second"] == pytest.approx(5400, rel=1e-2)
+
+
+def test_without_a_pace_the_rest_is_planned(capsys):
+    """Where no pace is known, minutes are minutes, and memory is memory; the steps are for --measure."""
+    found = plan(capsys, "pretrain_quickstart", "--use_cpu", "true")
+    assert found["steps"] is None and found["hours"] == 4 / 60 and found["memory"]["weights"] > 4e6
+    cli.main(["plan", "pretrain_quickstart", "--use_cpu", "true"])
+    table = capsys.readouterr().out
+    assert "4 minutes, in as many steps as fit (--measure takes some here)" in table and "4.0 minutes" in table
+
+
+def test_a_measured_pace_counts_the_steps(capsys, monkeypatch):
+    monkeypatch.setattr("llmkit.planning.memory.MEASURED", 0.1)
+    shape = ["--n_layer", "1", "--n_embd", "16", "--vocab_size", "300", "--block_size", "16"]
+    batch = ["--total_batch_tokens", "64", "--per_device_train_batch_size", "2", "--use_cpu", "true"]
+    found = plan(capsys, "--measure", "pretrain_quickstart", *shape, *batch)
+    assert found["pace"] == "measured here" and found["accumulation"] == 2
+    assert found["steps"] == pytest.approx(240 * found["tokens_per_second"] / 64, abs=1)
+
+
+def test_the_shards_of_a_dataset_whose_page_says_its_tokens(capsys):
+    found = plan(capsys, "--gpu", "H200", "pretrain_gpt2_774m")
+    assert found["shards"] == 2 * 10**11 and found["train_tokens"] == 10**11
+
+
+def test_fine_tuning_the_known_base(capsys):
+    cli.main(["plan", "--gpu", "L4", "--gpus", "2", "sft_qlora", "--max_length", "128", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["trained"] == 23_592_960  # as the recipe says
+    assert found["parameters"] == 2_779_683_840 + found["trained"]
+    # Linear layers in 4 bits and their statistics, embeddings and head in bf16, adapters in float32.
+    quantized = 32 * (4 * 2560**2 + 2 * 2560 * 10240)
+    embeddings = 2 * 51200 * 2560
+    adapters = 4 * found["trained"]
+    assert found["memory"]["weights"] == pytest.approx(quantized * 0.516 + 2 * embeddings + adapters, rel=0.01)
+    assert found["memory"]["gradients"] == found["communication"] == adapters
+    assert found["checkpoint"] == pytest.approx(3 * adapters, rel=0.01)
+    assert found["fits"] == "as it is" and found["step_tokens"] == 2 * 16 * 128
+    assert found["steps"] is None and found["length"].startswith("3 passes over data that were not read")
+
+
+def test_fine_tuning_a_base_that_is_here(capsys, tmp_path):
+    config = GPT2Config(n_layer=2, n_head=2, n_embd=64, vocab_size=300, n_positions=64)
+    config.save_pretrained(tmp_path)
+    recipe = ["sft_qlora_quickstart", "--model", str(tmp_path), "--max_length", "64", "--use_cpu", "true"]
+    cli.main(["plan", *recipe, "--max_steps", "10", "--sample_prompts", "a", "b", "c"])
+    table = capsys.readouterr().out
+    assert f"gpt2 of {config.num_parameters:,} parameters in 4 bits (NF4)" in table
+    assert "10 steps, 10,240 tokens" in table
+    assert "3 evaluations, 9 samples" in table  # before the first step, in the middle and at the end
 
 
 @pytest.mark.parametrize(
@@ -67,11 +133,18 @@ def test_minutes_take_the_pace(capsys):
         (["--gpu", "Voodoo"], "not known"),
         (["--gpu", "A100"], "A100-SXM4-40GB"),
         (["--gpu", "H200", "--gpus", "3"], "is not a multiple of"),
+        (["dpo_qlora"], "preference tuning has no plan"),
+        (
+            ["sft_qlora", "--model", "nobody/nothing"],
+            "model=nobody/nothing: no folder here, and not read from the Hub",
+        ),
+        (["sft_qlora", "--max_length", "4096"], "longer than the 2048 positions of the base"),
     ],
 )
 def test_mistakes_are_one_line(capsys, arguments, message):
+    recipe = [] if arguments[0] in ("sft_qlora", "dpo_qlora") else [str(RECIPES / "pretrain_quickstart.yaml")]
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["plan", *arguments, str(RECIPES / "pretrain_quickstart.yaml")])
+        cli.main(["plan", *arguments, *recipe])
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -2,6 +2,7 @@
 
 import http.server
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +12,7 @@ import pytest
 
 from llmkit.planning import doctor
 from llmkit.planning.doctor import ERROR, OK, WARNING
-from llmkit.planning.recipe_checks import libraries
+from llmkit.planning.recipe_checks import libraries, memory_and_disk
 from llmkit.recipe_kinds import DPO, PRETRAIN, SFT, kind_of, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -76,12 +77,10 @@ def test_without_a_network_what_was_downloaded_is_there(tmp_path):
 
 
 def test_folders_that_are_here_and_that_are_not(tmp_path):
-    (tmp_path / "base").mkdir()
-    recipe = ["--config", str(RECIPES / "sft_qlora_quickstart.yaml"), "--model", str(tmp_path / "base")]
-    recipe += ["--dataset_name", str(tmp_path / "nope"), "--use_cpu", "true"]
-    found = files("SFT", recipe)
+    recipe = ["--config", str(RECIPES / "dpo_qlora_quickstart.yaml"), "--model", str(tmp_path), "--use_cpu", "true"]
+    found = files("DPO", [*recipe, "--adapter", str(tmp_path / "nope")])
     assert found["model"].state == OK
-    assert found["dataset"].state == ERROR and "there is no such file or folder" in found["dataset"].text
+    assert found["adapter"].state == ERROR and "there is no such file or folder" in found["adapter"].text
 
 
 def test_prepared_text_is_not_asked_for(tmp_path):
@@ -115,6 +114,29 @@ def test_a_compiler_that_a_recipe_asks_for_is_an_error(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     (found,) = eval(done.stdout.splitlines()[-1], vars(doctor))
     assert found.state == ERROR and found.name == "torch.compile"
+
+
+def test_what_a_run_takes_of_memory_and_disk(tmp_path):
+    fields = ["--use_cpu", "true", "--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data")]
+    recipe = parse_recipe(PRETRAIN, fields, RECIPES / "pretrain_quickstart.yaml")
+    assert [each.state for each in memory_and_disk(PRETRAIN, recipe)] == [OK, OK]
+    # 100 billion parameters, and 100 billion tokens of text
+    fields += ["--preset", "null", "--n_layer", "2", "--n_head", "64", "--n_embd", "65536", "--block_size", "64"]
+    fields += ["--total_batch_tokens", "64", "--per_device_train_batch_size", "1"]
+    recipe = parse_recipe(PRETRAIN, fields, RECIPES / "pretrain_gpt2_774m.yaml")
+    memory, run, shards = memory_and_disk(PRETRAIN, recipe)
+    assert memory.state == ERROR and "a step takes" in memory.text and "take a smaller model" in memory.fix
+    assert "data will hold up to 200 GB" in shards.text
+    assert run.state == (OK if shutil.disk_usage(tmp_path).free > 5 * 12 * 103e9 else ERROR)
+
+
+def test_a_run_that_would_be_refused(tmp_path):
+    fields = ["--use_cpu", "true", "--per_device_train_batch_size", "7"]
+    recipe = parse_recipe(PRETRAIN, fields, RECIPES / "pretrain_quickstart.yaml")
+    (found,) = memory_and_disk(PRETRAIN, recipe)
+    assert found.state == ERROR and "is not a multiple of" in found.text
+    (found,) = memory_and_disk(DPO, parse_recipe(DPO, ["--use_cpu", "true"], RECIPES / "dpo_qlora.yaml"))
+    assert found.state == WARNING
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmkit import GPT2Config, GPT2LMHeadModel
-from llmkit.planning.memory import StepMemory, largest_micro_batch, step_memory
+from llmkit.planning.memory import Step, StepMemory, largest_micro_batch, step_memory
 
 # Runs real steps in a process of its own, and prints by how many bytes that grows from before the model to its peak.
 MEASURE = """
@@ -48,14 +48,10 @@ def predicted(n_layer, n_embd, vocab_size, batch_size, length, device_type="cpu"
         ids = torch.zeros(batch_size, length, dtype=torch.long)
         return model(ids, shift_labels=ids).loss
 
-    return step_memory(
-        lambda: GPT2LMHeadModel(config),
-        loss_of,
-        lambda model: torch.optim.AdamW(model.parameters(), fused=True),
-        device_type=device_type,
-        autocast=autocast,
-        accumulate=False,
+    step = Step(
+        lambda: GPT2LMHeadModel(config), loss_of, lambda model: torch.optim.AdamW(model.parameters(), fused=True)
     )
+    return step_memory(step, device_type=device_type, autocast=autocast)
 
 
 @pytest.mark.slow
@@ -100,7 +96,8 @@ def test_its_parts_are_those_of_the_parameters():
     parameters = GPT2Config(n_layer=2, n_embd=64, n_head=1, vocab_size=512, n_positions=16).num_parameters
     assert memory.weights == memory.gradients == 4 * parameters
     assert memory.optimizer == pytest.approx(8 * parameters, rel=0.01)  # two moments, and a step for each parameter
-    assert memory.peak > memory.weights + memory.gradients + memory.optimizer
+    assert memory.activations > 0 and memory.loss_chunk > 0
+    assert memory.peak == sum(vars(memory).values())
 
 
 def test_nothing_is_allocated():

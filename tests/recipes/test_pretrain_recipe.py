@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -139,6 +140,31 @@ def test_killed_and_resumed_ends_with_the_same_bits(texts, tmp_path):
     assert done.returncode == 0, done.stderr
     assert list(logged(stopped, "loss")) == list(range(1, 151))
     expected, found = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
+    assert all((expected[name] == found[name]).all() for name in expected)
+
+
+def test_a_budget_that_is_killed_goes_on_as_the_run_of_its_steps(texts, tmp_path):
+    """SIGKILL. The number of steps is the checkpoint's, and the weights are those of a run that was given it."""
+    arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--eval_steps", "0.5"]
+    arguments += ["--save_steps", "0.2", "--logging_steps", "100", "--train_minutes", "0.15"]
+    del arguments[arguments.index("--max_steps") : arguments.index("--max_steps") + 2]
+    killed, plain = tmp_path / "killed", tmp_path / "plain"
+    script = [sys.executable, "recipes/pretrain.py", "--use_cpu", "true", *map(str, arguments)]
+    process = subprocess.Popen([*script, "--output_dir", str(killed)], cwd=ROOT, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not list(killed.glob("checkpoint-*")):
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    resume = ["--resume_from_checkpoint", "latest", "--output_dir", str(killed)]
+    done = subprocess.run([*script, *resume], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    runs = [json.loads(line)["run"] for line in (killed / "log.jsonl").read_text().splitlines() if '"run"' in line]
+    steps = runs[-1]["arguments"]["max_steps"]
+    length = ["--max_steps", str(steps), "--output_dir", str(plain)]  # takes the place of the minutes
+    script = script[: script.index("--train_minutes")] + length
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    expected, found = load_file(plain / "model.safetensors"), load_file(killed / "model.safetensors")
     assert all((expected[name] == found[name]).all() for name in expected)
 
 

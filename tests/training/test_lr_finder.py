@@ -179,6 +179,7 @@ def test_a_diverging_run_stops(data, tmp_path):
         (["--block_size", "100000"], "the train split has .* tokens, one window of block_size 100,000 takes"),
         (["--learning_rate", "0"], "learning_rate=0: .* give it one above 0"),
         (["--n_layers", "3"], "unknown argument --n_layers: did you mean --n_layer"),
+        (["--train_minutes", "3"], "train_minutes=3 and max_steps=100: give one of them"),
     ],
 )
 def test_mistakes_are_told_in_a_line(work, tmp_path, capsys, arguments, message):
