@@ -88,6 +88,7 @@ def plan_finetuning(
         train_tokens=None,
         shards=None,
         prompts=len(args.sample_prompts) or 2,  # two held-out questions, where none is given
+        can_shard=False,  # see `check_run`
     )
 
 

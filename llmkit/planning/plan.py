@@ -173,6 +173,7 @@ def make_plan(
     train_tokens: int | None,
     shards: int | None,
     prompts: int,
+    can_shard: bool,
 ) -> Plan:
     """The plan of a run whose step is known.
 
@@ -183,27 +184,16 @@ def make_plan(
         train_tokens: in one pass over the data.
         shards: bytes of the token shards.
         prompts: that are continued at each evaluation.
+        can_shard: whether FSDP2 is supported for it.
     """
-    # The arguments were resolved for this machine; what is planned for another one is what that one would choose.
-    here = torch.bfloat16 if args.bf16 else None
-    autocast = here if hardware.device_type == "cpu" else hardware.autocast
-
-    def memory(micro_batch: int, checkpointing: bool = bool(args.activation_checkpointing)) -> StepMemory:
-        return step_memory(step(micro_batch, checkpointing), device_type=hardware.device_type, autocast=autocast)
-
-    found, twice = memory(sizes.micro_batch), memory(2 * sizes.micro_batch)
-    buckets = found.gradients if hardware.count > 1 else 0
-    limit = hardware.memory * USABLE
-    most = largest_micro_batch(
-        (sizes.micro_batch, found.peak + buckets), (2 * sizes.micro_batch, twice.peak + buckets), limit
-    )
+    found, buckets, most, fits = _fit(sizes, step, args, hardware, can_shard)
     rate, pace = _rate(sizes, step, args, hardware, assumptions)
     steps, length = _steps(args, sizes, rate, steps_of_epochs)
     tokens = steps * sizes.step_tokens if steps is not None else None
     hours = tokens / rate / 3600 if tokens is not None and rate else None
     if args.train_minutes is not None:
         hours = args.train_minutes / 60
-    paid = hours * assumptions.dollars_per_hour * hardware.count if hours and assumptions.dollars_per_hour else None
+    price = assumptions.dollars_per_hour
     looks = evaluations(args, steps) if steps is not None else None
     kept = saves(args, steps) if steps is not None else None
     return Plan(
@@ -217,12 +207,12 @@ def make_plan(
         train_tokens=train_tokens,
         memory=found,
         communication=buckets,
-        largest_micro_batch=min(most, sizes.step_tokens // (sizes.row * hardware.count)),
-        fits=_what_fits(found, lambda: memory(sizes.micro_batch, True), buckets, limit, hardware.count),
+        largest_micro_batch=most,
+        fits=fits,
         tokens_per_second=rate,
         pace=pace,
         hours=hours,
-        dollars=paid,
+        dollars=hours * price * hardware.count if hours is not None and price is not None else None,
         checkpoint=found.gradients + found.optimizer,  # the trained weights are as large as their gradients
         checkpoints=min(kept, args.save_total_limit or kept) if kept is not None else None,
         shards=shards,
@@ -230,6 +220,27 @@ def make_plan(
         samples=looks * prompts if looks is not None else None,
         saves=kept + 1 if kept is not None else None,
     )
+
+
+def _fit(
+    sizes: Sizes, step: Callable[[int, bool], Step], args: RunArguments, hardware: Hardware, can_shard: bool
+) -> tuple[StepMemory, int, int, str | None]:
+    """The memory of a step, bytes of DDP's buckets, the largest micro-batch that fits, and what the recipe's takes."""
+    # The arguments were resolved for this machine; what is planned for another one is what that one would choose.
+    here = torch.bfloat16 if args.bf16 else None
+    autocast = here if hardware.device_type == "cpu" else hardware.autocast
+
+    def memory(micro_batch: int, checkpointing: bool = bool(args.activation_checkpointing)) -> StepMemory:
+        return step_memory(step(micro_batch, checkpointing), device_type=hardware.device_type, autocast=autocast)
+
+    size = sizes.micro_batch
+    found, twice = memory(size), memory(2 * size)
+    buckets = found.gradients if hardware.count > 1 else 0
+    limit = hardware.memory * USABLE
+    most = largest_micro_batch((size, found.peak + buckets), (2 * size, twice.peak + buckets), limit)
+    most = min(most, sizes.step_tokens // (sizes.row * hardware.count))  # a whole step
+    ranks = hardware.count if can_shard else 1
+    return found, buckets, most, _what_fits(found, lambda: memory(size, True), buckets, limit, ranks)
 
 
 def _rate(

@@ -68,6 +68,7 @@ def plan_pretraining(
         train_tokens=train_tokens,
         shards=_shard_bytes(manifest, train_tokens, config.vocab_size),
         prompts=len(args.sample_prompts) or 2,  # two beginnings of held-out documents, where none is given
+        can_shard=True,
     )
 
 

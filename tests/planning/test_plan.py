@@ -123,6 +123,12 @@ def test_fine_tuning_a_base_that_is_here(capsys, tmp_path):
     assert "3 evaluations, 9 samples" in table  # before the first step, in the middle and at the end
 
 
+def test_sharding_is_not_proposed_where_it_is_refused(capsys, tmp_path):
+    GPT2Config(n_layer=6, n_head=64, n_embd=16384, n_positions=64).save_pretrained(tmp_path)  # 38 GB in bf16
+    recipe = ["sft_qlora", "--model", str(tmp_path), "--quantization", "none", "--max_length", "64"]
+    assert plan(capsys, "--gpu", "L4", "--gpus", "8", *recipe)["fits"] is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
