@@ -127,15 +127,13 @@ class AdapterTrainer(ExactTrainer):
             self.tokens_since_log = 0
         super().log(logs, start_time)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The adapter and the tokenizer, how to stop, and how the base was quantized."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            folder = Path(output_dir or self.args.output_dir)
-            self.model.generation_config.save_pretrained(folder)
-            (folder / QUANTIZATION_CONFIG).unlink(missing_ok=True)  # of an earlier run into this folder
-            if self.is_quantized:
-                self.model.config.quantization_config.to_json_file(folder / QUANTIZATION_CONFIG)
+    def finish_model(self, folder: Path) -> None:
+        """How to stop, and how the base was quantized."""
+        self.model.generation_config.save_pretrained(folder)
+        if not self.saving:
+            (Path(self.args.output_dir) / QUANTIZATION_CONFIG).unlink(missing_ok=True)  # of an earlier run
+        if self.is_quantized:
+            self.model.config.quantization_config.to_json_file(folder / QUANTIZATION_CONFIG)
 
 
 def as_prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> str:

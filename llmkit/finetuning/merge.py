@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from llmkit.data.sample_data import docstring_conversations
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
+from llmkit.files import write_record
 from llmkit.finetuning.adapters import (
     adapter_config,
     adapter_folder,
@@ -131,6 +132,7 @@ def _save(
                 f"perplexity {comparison.perplexity_adapter:.4f} -> {comparison.perplexity_merged:.4f}), so it was "
                 "not saved: try --dtype float32"
             )
+        write_record(unfinished)
         unfinished.rename(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

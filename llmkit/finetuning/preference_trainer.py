@@ -158,11 +158,10 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
         lengths = is_end.int().argmax(dim=1).where(ended, self.args.sample_tokens)
         return {"answer_tokens": lengths.float().mean().item(), "answers_ended": ended.float().mean().item()}
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+    def finish_model(self, folder: Path) -> None:
         """As in SFT; the reference is not saved, for it is the adapter that the run's record names."""
-        super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            shutil.rmtree(Path(output_dir or self.args.output_dir) / REFERENCE, ignore_errors=True)
+        super().finish_model(folder)
+        shutil.rmtree(folder / REFERENCE, ignore_errors=True)
 
 
 def answer_log_probs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -5,13 +5,11 @@ with the size and the checksum of every file, and only then does the folder get 
 from its first moment, and what was damaged later is found before it is used.
 """
 
-import json
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-import xxhash
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -19,10 +17,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmkit.console import say
 from llmkit.errors import UserError
-from llmkit.files import checksum, hold_folder, sync, write_whole
+from llmkit.files import COMPLETE, changed_file, hold_folder, read_record, sync, write_record
 from llmkit.runs.run import LOG, read_log
 
-COMPLETE = "complete.json"
 STAGING = ".saving"
 SET_ASIDE = "set_aside"
 NEEDED = ("*.safetensors", "optimizer*", "scheduler.pt", "rng_state*.pth", TRAINER_STATE_NAME)
@@ -48,21 +45,11 @@ def seal(staged: Path, checkpoint: Path, ranks: int) -> None:
     Raises:
         OSError: the disk is full or gone; nothing has the name then.
     """
-    files = {}
-    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
-        sync(path)
-        files[path.relative_to(staged).as_posix()] = [path.stat().st_size, checksum(path)]
-    write_whole(staged / COMPLETE, _render({"step": step_of(checkpoint), "ranks": ranks, "files": files}))
+    write_record(staged, step=step_of(checkpoint), ranks=ranks)
     if checkpoint.exists():
         remove(checkpoint)
     staged.rename(checkpoint)
     sync(checkpoint.parent)
-
-
-def _render(record: dict) -> bytes:
-    """The record's only spelling, with its own checksum, so that no byte of it can change without being noticed."""
-    text = json.dumps(record, sort_keys=True).encode()
-    return json.dumps({"checkpoint": record, "xxh3_64": xxhash.xxh3_64_hexdigest(text)}, sort_keys=True).encode()
 
 
 def remove(checkpoint: Path) -> None:
@@ -206,29 +193,17 @@ def _last_step(folder: Path) -> int:
 def damage_of(checkpoint: Path) -> str | None:
     """What keeps a run from being resumed from this folder exactly, or None. Every byte is read."""
     try:
-        raw = (checkpoint / COMPLETE).read_bytes()
-        record = json.loads(raw)["checkpoint"]
-        if raw != _render(record):
-            return f"{COMPLETE} is damaged"
+        record = read_record(checkpoint)
     except FileNotFoundError:
         return f"{COMPLETE} is missing, which ends a save" if checkpoint.is_dir() else "there is no such folder"
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{COMPLETE} is damaged"
+    except ValueError as error:
+        return str(error)
     names = [Path(name) for name in record["files"]]
     for kind in NEEDED:
         if not any(part.match(kind) for name in names for part in (name, *name.parents)):
             return f"it was saved without {kind}, so nothing can go on from it"
-    for name, (size, expected) in record["files"].items():
-        path = checkpoint / name
-        try:
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
-            if checksum(path) != expected:
-                return f"{name} is damaged: its checksum is another"
-        except FileNotFoundError:
-            return f"{name} is missing"
-        except OSError as error:
-            return f"{name} cannot be read: {error.strerror}"
+    if damage := changed_file(checkpoint, record):
+        return damage
     if 0 <= step_of(checkpoint) != record["step"]:
         return f"it is that of step {record['step']:,}"
     return None
@@ -269,4 +244,4 @@ def _check_that_all_ranks_see(checkpoint: Path) -> None:
 
 def ranks_of(checkpoint: str | Path) -> int:
     """How many ranks saved a checkpoint."""
-    return json.loads((Path(checkpoint) / COMPLETE).read_bytes())["checkpoint"]["ranks"]
+    return read_record(Path(checkpoint))["ranks"]

@@ -7,9 +7,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from llmkit.console import say
 from llmkit.errors import UserError
+from llmkit.files import COMPLETE
 from llmkit.runs.report import write_report
 from llmkit.sharing.hub import RunPusher
-from llmkit.training.checkpoints import COMPLETE
 
 
 class LiveReport(TrainerCallback):

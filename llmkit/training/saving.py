@@ -17,7 +17,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmkit.console import say
 from llmkit.errors import UserError
-from llmkit.files import hold_folder, sync
+from llmkit.files import hold_folder, write_record
 from llmkit.runs.run import LOG, read_log
 from llmkit.training.budget import interval
 from llmkit.training.checkpoints import (
@@ -183,19 +183,25 @@ class WholeCheckpoints(Trainer):
 
     # private: with `_internal_call`, Trainer does not push what it saves.
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Trainer's, each file of which is whole or not there, and which does not push."""
+        """Trainer's, each file of which is whole or not there, with a record of their checksums; it does not push."""
         target = Path(output_dir or self.args.output_dir)
         if self.saving or self.is_fsdp_enabled:  # `_save_checkpoint` names the whole folder
             super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                self.finish_model(target)
             return
         staged = target / STAGING / "model"
         super().save_model(str(staged), _internal_call=True)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self.finish_model(staged)
+            write_record(staged, step=self.state.global_step)
             for path in staged.iterdir():
-                sync(path)
                 path.replace(target / path.name)
             shutil.rmtree(staged.parent, ignore_errors=True)
+
+    def finish_model(self, folder: Path) -> None:
+        """Add to a saved model what Trainer does not save; on the rank that saves."""
 
 
 class ResumedState(TrainerCallback):

@@ -74,7 +74,7 @@ def test_no_save_is_named_before_it_is_whole(data, tmp_path, monkeypatch):
     def killed(*args):
         raise Killed
 
-    for place in ((saving, "seal"), (checkpoints, "write_whole")):
+    for place in ((saving, "seal"), (files, "write_whole")):
         folder = tmp_path / place[1]
         run = trainer(data, folder, **SAVING)
         run.args.save_steps = run.state.save_steps = 2
