@@ -1,4 +1,4 @@
-"""Pretrain a GPT-2 from scratch: text -> tokenizer -> token shards -> Trainer -> a checkpoint that opens anywhere.
+"""Pretrain a GPT-2 from scratch: text -> tokenizer -> token shards -> Trainer -> a stock checkpoint.
 
 accelerate launch recipes/pretrain.py                               # the quickstart: offline, on a laptop
 accelerate launch recipes/pretrain.py --config recipes/pretrain_gpt2_124m.yaml

@@ -10,6 +10,7 @@
     llmkit merge runs/sft_qlora merged
     llmkit generate runs/pretrain "def read_file(path):"
     llmkit chat runs/sft_qlora
+    llmkit verify runs/pretrain
     llmkit push runs/pretrain me/model
     llmkit blame runs/pretrain --step 120
     llmkit report runs/pretrain_a runs/pretrain_b --output compared.html

@@ -223,6 +223,7 @@ def use_vllm(asked):
         max_model_len=asked["context"],
         max_logprobs=TOP,
         logprobs_mode="raw_logits",
+        kv_cache_memory_bytes=max(asked["cache"], 1 << 26),
         enforce_eager=True,
         trust_remote_code=False,
     )

@@ -102,7 +102,8 @@ def ask_ours(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, kept_in: str = "float32"
 ) -> Ours:
     """Make the questions for a checkpoint and answer them with our model."""
-    context, end = min(context_length(model), LONGEST_ROW), tokenizer.eos_token_id
+    whole = context_length(model) if context_length(model) < sys.maxsize else LONGEST_ROW
+    context, end = min(whole, LONGEST_ROW), tokenizer.eos_token_id
     also = model.generation_config.eos_token_id
     ends = sorted({end, *(also if isinstance(also, list) else [also] if also is not None else [])})
     vocabulary = model.config.vocab_size
@@ -127,8 +128,10 @@ def ask_ours(
         "ends": ends,
         "texts": texts,
         "chat": CONVERSATION if chat is not None else None,
-        "context": context_length(model) if context_length(model) < sys.maxsize else LONGEST_ROW,
+        "context": whole,
         "vocabulary": vocabulary,
+        # Keys and values of two whole texts in float32, in bytes: vLLM takes most of a machine's memory otherwise.
+        "cache": 2 * 2 * 4 * whole * model.config.num_hidden_layers * model.config.hidden_size,
     }
     logits = [_logits(model, row)[-POSITIONS:] for row in questions["rows"]]
     greedy = [_greedy(model, ids, questions["new_tokens"], ends) for ids in prompts]

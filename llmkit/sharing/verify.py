@@ -133,7 +133,7 @@ def verify(checkpoint: str, settings: Settings, say: Callable[[str], None]) -> R
             report.checks.append(Check("opens here", False, str(error)))
             return report
         if settings.loss and not is_adapter:
-            say("measuring the validation loss")
+            say("measuring the validation loss" if manifest else "looking for the run's shards")
             report.checks.append(check_loss(folder, model, manifest))
         ours = ask_ours(model, tokenizer, folder)
         del model  # a consumer takes as much memory
