@@ -1,8 +1,8 @@
 """GPT-2 (Radford et al. 2019), whole, in the order a batch takes through it.
 
 Parameters have the stock model's names, shapes and orientation, so a checkpoint of one is a checkpoint of the other:
-what is trained here opens in `transformers`, and in what reads its checkpoints (`llmkit verify`; docs/using.md lists the
-programs that it was run with); what the stock class saved opens here.
+what is trained here opens in `transformers` and in programs that read its checkpoints (docs/using.md lists those that
+`llmkit verify` was run with), and what the stock class has saved opens here.
 The difference is in training: the loss comes from the hidden states (`llmkit.model.loss`), and logits of a whole batch
 are never made.
 

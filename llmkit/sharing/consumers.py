@@ -264,7 +264,7 @@ CONSUMERS = {
     "llama.cpp": (use_llama_cpp, ("llama_cpp", "transformers", "torch")),
     "vllm": (use_vllm, ("vllm",)),
 }
-# The packages that hold these modules, where they have another name.
+# What to install for a module whose package has another name.
 DISTRIBUTIONS = {"optimum.onnxruntime": "optimum-onnx", "llama_cpp": "llama-cpp-python"}
 
 
@@ -276,7 +276,8 @@ def is_there(module):
 
 
 def version_of(module):
-    name = DISTRIBUTIONS.get(module, module)
+    """The name and version of the distribution that it comes from, of which there may be several (onnxruntime-gpu)."""
+    (name, *_) = importlib.metadata.packages_distributions().get(module, [module])
     try:
         return f"{name} {importlib.metadata.version(name)}"
     except importlib.metadata.PackageNotFoundError:

@@ -12,7 +12,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -149,7 +149,7 @@ def _local(checkpoint: str) -> Path:
         return folder.absolute()
     ask_hub_once()
     try:
-        return Path(snapshot_download(checkpoint, allow_patterns=[*WEIGHTS, *TOKENIZER, *CONFIGS, "vocab.json"]))
+        return Path(snapshot_download(checkpoint, allow_patterns=[*WEIGHTS, *TOKENIZER, *CONFIGS]))
     except (OSError, ValueError) as error:
         raise UserError(f"{checkpoint}: no folder here, and not read from the Hub ({error})") from error
 
@@ -191,8 +191,10 @@ class Asker:
         from llmkit.finetuning.merge import merge_adapter
 
         config = adapter_config(folder)
-        base = self.settings.base or config.base_model_name_or_path
-        self.report.checks += check_saved(folder, tokenizer, base or "", None)
+        base = self.settings.base or config.base_model_name_or_path or ""
+        if Path(base).is_dir():
+            self.report.checks.append(replace(check_files(Path(base)), name="files of base"))
+        self.report.checks += check_saved(folder, tokenizer, base, None)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_with_adapter(str(folder), self.settings.base, device).get_base_model()
         assert isinstance(model, PreTrainedModel)
