@@ -1,0 +1,114 @@
+"""Shards in several tasks: what N processes are worth beside one, and the memory of the largest of them.
+
+    python benchmarks/tasks.py                                       # 8 files of 25 MB, 8 tasks, 1 and 2 at a time
+    python benchmarks/tasks.py --files 100000 --megabytes 100 --tasks 4 --workers 1
+    python benchmarks/tasks.py --files 1 --megabytes 1000 --one_line --tasks 1 --workers 1
+
+The text is the standard library's sources, as often as it takes, cut into files of equal size; with `--one_line` every
+line end is a space. `llmkit shards prepare --executor local` runs in a process of its own with a BPE of 4,096 tokens.
+`seconds` are from its start to its end, with imports and the merge; `tasks` from the start of the first task to the
+end of the last one, as datatrove's logs tell. `memory` is the peak of the command's process, libraries included; with
+one worker that is where the tasks run.
+"""
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+
+from llmkit.data.sample_data import stdlib_sources
+from llmkit.data.tokenizer import train_bpe_tokenizer
+from measuring import cpu_name
+
+TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}")
+
+
+def write_text(folder: Path, files: int, megabytes: float, one_line: bool) -> None:
+    """Files of one size, each another part of the text."""
+    source = "".join(path.read_text(encoding="utf-8", errors="replace") for path in stdlib_sources())
+    if one_line:
+        source = source.replace("\n", " ")
+    size, place = int(megabytes * 1e6) // files, 0
+    for number in range(files):
+        with (folder / f"{number:06d}.txt").open("w") as file:
+            left = size
+            while left > 0:
+                part = source[place : place + left]
+                file.write(part)
+                left -= len(part)
+                place = (place + len(part)) % len(source)
+
+
+def seconds_of_tasks(logs: Path) -> float:
+    """From the first line of the tasks' logs to the last one."""
+    times = [
+        datetime.fromisoformat(found[0])
+        for log in logs.glob("task_*.log")
+        for line in log.read_text().splitlines()
+        if (found := TIME.match(line))
+    ]
+    return (max(times) - min(times)).total_seconds()
+
+
+def measure(options: argparse.Namespace, text: Path, tokenizer: Path, workers: int) -> tuple[int, float, float, float]:
+    """Tokens, seconds of the command, seconds of its tasks, and peak memory of its largest process in MB."""
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        output = Path(folder) / "shards"
+        command = [
+            sys.executable,
+            "-m",
+            "llmkit",
+            "shards",
+            "prepare",
+            "--text_files",
+            str(text),
+            "--output",
+            str(output),
+        ]
+        command += ["--tokenizer", str(tokenizer), "--executor", "local", "--tasks", str(options.tasks)]
+        # A process of its own between, so that its peak is that of this command's processes alone.
+        script = (
+            "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True); "
+            "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+        )
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", script, *command, "--workers", str(workers)], check=True, stdout=subprocess.PIPE
+        )
+        seconds = time.perf_counter() - start
+        tokens = sum(path.stat().st_size for path in output.glob("*.bin")) // 2
+        return tokens, seconds, seconds_of_tasks(output / "logs/tasks/logs"), int(done.stdout) / 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--files", type=int, default=8)
+    parser.add_argument("--megabytes", type=float, default=200, help="of text in all files together (default 200)")
+    parser.add_argument("--one_line", action="store_true", help="no line ends")
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--folder", help="for the text and the shards (default: the system's temporary folder)")
+    options = parser.parse_args()
+    print(f"{options.files:,} files, {options.megabytes:,.0f} MB, {options.tasks} tasks; {cpu_name()}")
+    print("workers       tokens  seconds    tasks  tokens/s of the tasks  memory MB")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        text, tokenizer = Path(folder) / "text", Path(folder) / "tokenizer"
+        text.mkdir()
+        write_text(text, options.files, options.megabytes, options.one_line)
+        sources = (path.read_text(encoding="utf-8", errors="replace") for path in stdlib_sources())
+        train_bpe_tokenizer(sources, 4096).save_pretrained(tokenizer)
+        for workers in options.workers:
+            tokens, seconds, tasks, memory = measure(options, text, tokenizer, workers)
+            rate = tokens / tasks
+            print(
+                f"{workers:>7} {tokens:>12,} {seconds:>8.1f} {tasks:>8.1f} {rate:>22,.0f} {memory:>10,.0f}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
