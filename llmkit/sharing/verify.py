@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME
 
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.hub_access import ask_hub_once
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
+from llmkit.model.opening import open_config, open_model
 from llmkit.paths import local_path
 from llmkit.runs.run import QUANTIZATION_CONFIG
 from llmkit.sharing.evidence import Check, check_files, check_loss, check_saved, find_shards
@@ -217,10 +218,9 @@ def load_ours(folder: str | Path) -> PreTrainedModel:
     Raises:
         UserError: it does not load.
     """
-    how = {"dtype": torch.float32, "trust_remote_code": False, "use_safetensors": True}
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        kind = GPT2LMHeadModel if config.model_type == "gpt2" else AutoModelForCausalLM
-        return kind.from_pretrained(folder, **how).eval()
+        if open_config(folder).model_type == "gpt2":
+            return GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32, use_safetensors=True).eval()
+        return open_model(folder, dtype=torch.float32).eval()
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: its model does not load ({reason(error)})") from error

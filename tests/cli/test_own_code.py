@@ -146,6 +146,15 @@ def test_no_kernel_is_fetched_from_the_hub(command, kernel, folders, tmp_path, m
     assert "asks for the attention kernel" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_verify_opens_no_kernel_from_the_hub_either(folders, tmp_path, monkeypatch, capsys):
+    shutil.copytree(folders["good"], tmp_path / "kernel")
+    change(tmp_path / "kernel" / "config.json", _attn_implementation="kernels-community/flash-attn2")
+    with pytest.raises(SystemExit) as ended:
+        run(["verify", str(tmp_path / "kernel")], monkeypatch)
+    assert ended.value.code == 1
+    assert "asks for the attention kernel" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["good", "good_adapter"])
 def test_pickled_weights_are_not_opened(name, folders, tmp_path, monkeypatch, capsys):
     folder = tmp_path / name
