@@ -7,6 +7,7 @@ accelerate launch recipes/dpo_qlora.py --adapter my/adapter --data_files pairs.j
 
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from llmkit.console import has_color, shown
@@ -26,12 +27,14 @@ def main():
     import datasets
     from transformers.utils.logging import disable_progress_bar
 
+    from llmkit.finetuning.adapter_trainer import held_out_questions
     from llmkit.finetuning.adapters import check_run, dtype_ledger, load_base_config, load_base_model
     from llmkit.finetuning.preference_audit import audit_pairs, show_pair
     from llmkit.finetuning.preference_trainer import PreferenceTrainer
     from llmkit.finetuning.preferences import encode_pairs, load_pairs
     from llmkit.machine import set_up
     from llmkit.sharing.hub import check_push
+    from llmkit.training.budget import fix_length
     from llmkit.training.checkpoints import checkpoint_to_resume
     from llmkit.training.stopping import listen
 
@@ -53,14 +56,24 @@ def main():
     say(shown(findings.table()), "\n\n" + show_pair(train_rows[0], tokenizer, color=has_color()), "\n")
     findings.check()
     audit_pairs(validation, validation_rows, tokenizer, args.max_length).check()
+    prompts = [pair["prompt"] for pair in validation.rows]
+    args.sample_prompts = args.sample_prompts or held_out_questions(prompts, tokenizer, args.max_length)
 
     # The frozen base in 4 bits, on this rank's device, with the SFT adapter on it, or with a new one.
     model = load_base_model(model_args, args.compute_dtype, args.device)
     lora_config = None if model_args.adapter else model_args.lora_config(model)
     model = model_args.put_adapter(model) if model_args.adapter else model
-    trainer = PreferenceTrainer(
-        model, args, lora_config, train_rows, validation_rows, tokenizer, train.description, (data_args, model_args)
+    make = partial(
+        PreferenceTrainer,
+        lora_config=lora_config,
+        train_rows=train_rows,
+        eval_rows=validation_rows,
+        tokenizer=tokenizer,
+        description=train.description,
+        source=(data_args, model_args),
     )
+    fix_length(make, model, args, resume_from)  # with train_minutes: so many steps as fit, as measured here
+    trainer = make(model, args)
     say(dtype_ledger(trainer.model))
 
     trainer.train(resume_from_checkpoint=resume_from)

@@ -27,6 +27,7 @@ def main():
     import datasets
     from transformers.utils.logging import disable_progress_bar
 
+    from llmkit.finetuning.adapter_trainer import held_out_questions
     from llmkit.finetuning.adapters import (
         check_run,
         dtype_ledger,
@@ -36,7 +37,7 @@ def main():
     )
     from llmkit.finetuning.audit import audit, show_tokens
     from llmkit.finetuning.conversations import encode_all, load_conversations
-    from llmkit.finetuning.sft_trainer import ConversationTrainer, held_out_questions
+    from llmkit.finetuning.sft_trainer import ConversationTrainer
     from llmkit.machine import set_up
     from llmkit.sharing.hub import check_push
     from llmkit.training.budget import fix_length

@@ -1,8 +1,11 @@
 """Runs for tests: a model with two layers on the shards of the fixture `data`, milliseconds a step; a launcher."""
 
+import runpy
 import sys
 from functools import partial
+from pathlib import Path
 
+import pytest
 import torch
 from transformers import set_seed
 
@@ -54,3 +57,14 @@ def weights(run: PretrainTrainer) -> dict[str, torch.Tensor]:
 def accelerate_launch(config: str) -> list[str]:
     """`accelerate launch` with a shipped configuration, from the repository's root, before a script."""
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+
+
+def refusal(recipe: str, arguments: list, monkeypatch, capsys) -> str:
+    """The one line with which a recipe refuses its arguments, run in this process: there is nothing to clean up."""
+    script = Path(__file__).parents[1] / "recipes" / f"{recipe}.py"
+    monkeypatch.setattr(sys, "argv", [script.name, *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(script), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line

@@ -10,6 +10,7 @@
     llmkit merge runs/sft_qlora merged
     llmkit generate runs/pretrain "def read_file(path):"
     llmkit chat runs/sft_qlora
+    llmkit compare runs/sft_qlora runs/dpo_qlora --prompts questions.txt
     llmkit verify runs/pretrain
     llmkit push runs/pretrain me/model
     llmkit blame runs/pretrain --step 120

@@ -1,16 +1,18 @@
-"""Commands that use what was trained: `generate`, `chat`."""
+"""Commands that use what was trained: `generate`, `chat`, `compare`."""
 
 import argparse
 import dataclasses
+import shutil
 import sys
 import time
 import warnings
+from pathlib import Path
 
 from llmkit.cli.arguments import read_stdin
 from llmkit.console import shown
 from llmkit.errors import UserError
-from llmkit.inference.sampling import Sampling
-from llmkit.paths import checkpoint_path
+from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
+from llmkit.paths import checkpoint_path, existing_path
 
 CHECKPOINT = "The folder of a run, of one of its checkpoints or of an adapter, or a model's name on the Hub."
 SEPARATOR = "-" * 40
@@ -51,6 +53,31 @@ def add_commands(nouns) -> None:
     )
     _add_sampling_flags(chat)
     chat.set_defaults(command=_chat)
+
+    compare = nouns.add_parser(
+        "compare",
+        help="Show two models' answers to the same prompts side by side.",
+        description="Answer each prompt with two models, always with the likeliest token, and print the answers side "
+        "by side. A model with a chat template is asked the prompt as a question; another one continues it.",
+        allow_abbrev=False,
+    )
+    compare.add_argument("first", metavar="A", help=CHECKPOINT)
+    compare.add_argument("second", metavar="B", help="The other model, in the same way.")
+    compare.add_argument(
+        "--prompts",
+        required=True,
+        metavar="FILE",
+        help="A text file with one prompt on each line; - reads standard input.",
+    )
+    compare.add_argument("--output", metavar="FILE", help="Write the answers as a page of HTML into this file too.")
+    compare.add_argument(
+        "--max_new_tokens",
+        type=int,
+        default=DEFAULT_NEW_TOKENS,
+        help="Cut answers at this many tokens (default: %(default)s).",
+    )
+    compare.add_argument("--base", help="Load the adapters' base model from here, if it has moved since the training.")
+    compare.set_defaults(command=_compare)
 
 
 def _add_sampling_flags(parser: argparse.ArgumentParser) -> None:
@@ -199,6 +226,47 @@ def _chat(args: argparse.Namespace) -> None:
                 print(note, file=sys.stderr)
     if interactive:
         print()
+
+
+def _compare(args: argparse.Namespace) -> None:
+    Sampling(max_new_tokens=args.max_new_tokens)
+    names = [checkpoint_path(name) for name in (args.first, args.second)]
+    prompts = _read_prompts(args.prompts)
+    output = Path(args.output).expanduser() if args.output else None
+    if output and output.is_dir():
+        raise UserError(f"output={args.output} is a folder: give a file, such as compared.html")
+
+    from transformers.utils.logging import disable_progress_bar
+
+    from llmkit.data.tokenizer import load_tokenizer
+    from llmkit.inference.comparison import answer_all, as_page, as_text
+    from llmkit.runs.report import write_page
+
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # peft still calls transformers by older names
+    for name in names:  # what can be refused is refused before the first model answers
+        load_tokenizer(name)
+    models = [answer_all(name, prompts, args.max_new_tokens, args.base) for name in names]
+    print(shown(as_text(prompts, models, shutil.get_terminal_size((119, 24)).columns)))
+    if output:
+        write_page(output, as_page(prompts, models))
+        print(f"wrote {args.output}")
+
+
+def _read_prompts(source: str) -> list[str]:
+    """The lines of a file, or of standard input, that are not empty.
+
+    Raises:
+        UserError: no such file, no text, or no prompt.
+    """
+    try:
+        text = read_stdin() if source == "-" else existing_path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"prompts: {source} is not a text file in UTF-8 ({error}): give one") from error
+    prompts = [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError(f"prompts: {source} holds no prompt: write one on each line")
+    return prompts
 
 
 class AnswerWriter:

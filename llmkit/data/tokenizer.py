@@ -155,6 +155,14 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids, **how: bool) -> str:
     return text
 
 
+def as_prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The question as the model is asked it, up to where its answer begins."""
+    messages = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert isinstance(prompt, str)
+    return prompt
+
+
 def document_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer:
     """A copy of the tokenizer's fast backend that encodes documents as they are.
 

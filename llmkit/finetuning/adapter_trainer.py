@@ -11,8 +11,9 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmkit.data.tokenizer import decode
+from llmkit.data.tokenizer import as_prompt, decode
 from llmkit.finetuning.adapters import context_length
+from llmkit.finetuning.turns import Messages
 from llmkit.runs.record import run_record
 from llmkit.runs.run import QUANTIZATION_CONFIG
 from llmkit.training.base_trainer import ExactTrainer
@@ -83,6 +84,11 @@ class AdapterTrainer(ExactTrainer):
         self.is_quantized = any(isinstance(module, Linear4bit) for module in model.modules())
         self.tokens_since_log = 0
 
+    # private: a trainer of TRL's tells the Hub that it was made, with model type, device and number of ranks. The
+    # documented switch (HF_HUB_DISABLE_TELEMETRY) is read when huggingface_hub is imported, which may be long before.
+    def _send_telemetry(self) -> None:
+        """Nothing: a run speaks to the Hub only where it is told to."""
+
     def trained_tokens(self, batch: dict[str, torch.Tensor]) -> int:
         """Tokens of a batch that are learned from."""
         raise NotImplementedError
@@ -136,12 +142,20 @@ class AdapterTrainer(ExactTrainer):
             self.model.config.quantization_config.to_json_file(folder / QUANTIZATION_CONFIG)
 
 
-def as_prompt(question: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The question as the model is asked it, up to where its answer begins."""
-    messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert isinstance(prompt, str)
-    return prompt
+def held_out_questions(
+    conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, max_length: int, count: int = 2
+) -> list[str]:
+    """The first questions of the first conversations, each once: prompts to watch a model learn with.
+
+    Those that take more than half of `max_length` tokens, with the template around them, are passed over.
+    """
+    found: dict[str, None] = {}
+    for messages in conversations:
+        question = next(message["content"] for message in messages if message["role"] == "user")
+        prompt = tokenizer(as_prompt(question, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
+        if len(found) < count and len(prompt) <= max_length // 2:
+            found[question] = None
+    return list(found)
 
 
 def fingerprint(rows: Dataset) -> str:

@@ -1,8 +1,10 @@
 """What a fine-tune would learn from its data, counted and shown before it starts."""
 
 import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -16,18 +18,43 @@ TRAINED, READ, PLAIN = "\033[1;32m", "\033[2m", "\033[0m"  # bold green, dim
 
 
 @dataclass
-class Audit:
-    """Counts over the encoded conversations, each cut at `max_length` as training cuts them."""
+class TokenCounts:
+    """Counts over encoded examples, each cut at `max_length` as training cuts them."""
 
-    source: str
     examples: int
     tokens: int
     trained_tokens: int
     end_tokens: int  # trained ones
-    answers: int
     longest: int
     truncated: int
     nothing_trained: int
+
+
+def count_tokens(examples: Iterable[Sequence[int]], end_token_id: int, max_length: int) -> TokenCounts:
+    """Count what is trained of examples, each given by its labels."""
+    lengths, trained, ends = [], [], []
+    for labels in examples:
+        kept = np.asarray(labels[1:max_length])  # nothing comes before the first token that could predict it
+        lengths.append(len(labels))
+        trained.append(int((kept != IGNORE_INDEX).sum()))
+        ends.append(int((kept == end_token_id).sum()))
+    return TokenCounts(
+        examples=len(lengths),
+        tokens=sum(min(length, max_length) for length in lengths),
+        trained_tokens=sum(trained),
+        end_tokens=sum(ends),
+        longest=max(lengths),
+        truncated=sum(length > max_length for length in lengths),
+        nothing_trained=trained.count(0),
+    )
+
+
+@dataclass
+class Audit(TokenCounts):
+    """What would be trained of the encoded conversations."""
+
+    source: str
+    answers: int
     malformed: dict[str, int]
     ambiguous: list[str]  # the texts
     max_length: int
@@ -86,22 +113,11 @@ class Audit:
 
 def audit(conversations: Conversations, rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Audit:
     """Count what is trained in rows of `input_ids` and `labels`."""
-    lengths, trained, ends = [], [], []
-    for labels in rows.with_format("numpy")["labels"]:
-        kept = labels[1:max_length]  # nothing comes before the first token that could predict it
-        lengths.append(len(labels))
-        trained.append(int((kept != IGNORE_INDEX).sum()))
-        ends.append(int((kept == tokenizer.eos_token_id).sum()))
+    labels = rows.with_format("numpy")["labels"]
     return Audit(
+        **vars(count_tokens(labels, tokenizer.eos_token_id, max_length)),
         source=conversations.description,
-        examples=len(rows),
-        tokens=sum(min(length, max_length) for length in lengths),
-        trained_tokens=sum(trained),
-        end_tokens=sum(ends),
         answers=sum(message["role"] == "assistant" for messages in conversations.rows for message in messages),
-        longest=max(lengths),
-        truncated=sum(length > max_length for length in lengths),
-        nothing_trained=trained.count(0),
         malformed=dict(conversations.malformed.most_common()),
         ambiguous=conversations.ambiguous,
         max_length=max_length,

@@ -66,6 +66,10 @@ class DPOArguments(RunArguments, DPOConfig):
         "sync_ref_model": _REFERENCE,
     }
 
+    sample_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Questions answered at each evaluation. Without any, two of the held-out ones are taken."},
+    )
     sample_tokens: int = field(default=128, metadata={"help": "Length of the answers, in tokens, if they go on."})
     length_prompts: int = field(
         default=16,
@@ -91,8 +95,6 @@ class DPOArguments(RunArguments, DPOConfig):
             raise UserError(f"max_length={self.max_length}: give the number of tokens that an example is cut at")
         if self.activation_offloading and self.use_cpu:
             raise UserError("activation_offloading moves activations from a GPU to the CPU: leave it out on a CPU")
-        if self.train_minutes is not None:
-            raise UserError("train_minutes is not supported in preference tuning: give max_steps or num_train_epochs")
         if self.neftune_noise_alpha:
             raise UserError("neftune_noise_alpha would put noise into the reference as well: leave it out")
         if not self.beta > 0:

@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 from llmkit.console import say
 from llmkit.finetuning.adapter_trainer import AdapterTrainer, fingerprint
 from llmkit.finetuning.adapters import context_length
+from llmkit.finetuning.answer_positions import AnswerPositions
 from llmkit.finetuning.preference_arguments import DPOArguments
 from llmkit.finetuning.preferences import can_be_compared
 from llmkit.model.loss import IGNORE_INDEX
@@ -76,6 +77,10 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
             eval_dataset=eval_rows.filter(can_be_compared, fn_kwargs={"max_length": args.max_length}),
             peft_config=lora_config,
         )
+        base = self.model.get_base_model()
+        assert isinstance(base, PreTrainedModel)
+        if args.device.type != "cuda":
+            AnswerPositions(base)
         self.has_reference = REFERENCE in self.model.peft_config
         if self.has_reference:
             # As it was saved: DPOTrainer rounds the trained copy of an adapter to bfloat16, and it would start as
@@ -113,16 +118,18 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
         (chosen, rejected), tokens = log_probs.chunk(2), inputs["completion_mask"].sum(1).chunk(2)
         margin = self.beta * (change[0] - change[1])
         is_pair = tokens[0] > 0  # the others fill a batch
-        sums = (is_pair, -F.logsigmoid(margin), margin > 0, chosen > rejected)
+        per_token = chosen / tokens[0].clamp(min=1) > rejected / tokens[1].clamp(min=1)
+        sums = (is_pair, -F.logsigmoid(margin), margin > 0, chosen > rejected, per_token)
         sums += (chosen, rejected, *change, *tokens)
         return torch.stack([(part * is_pair).sum().float() for part in sums])
 
     def metrics_of(self, totals: list[float], dataset: Dataset) -> dict[str, float]:
-        pairs, loss, rewarded, preferred, chosen, rejected, chosen_change, rejected_change, *tokens = totals
+        pairs, loss, rewarded, preferred, per_token, chosen, rejected, chosen_change, rejected_change, *tokens = totals
         return {
             "loss": loss / pairs,
             "perplexity": math.exp(-chosen / tokens[0]),  # of the preferred answers
             "preference_accuracy": preferred / pairs,
+            "preference_accuracy_per_token": per_token / pairs,
             "rewards/accuracies": rewarded / pairs,
             "rewards/margins": self.beta * (chosen_change - rejected_change) / pairs,
             "rewards/chosen": self.beta * chosen_change / pairs,
@@ -134,18 +141,16 @@ class PreferenceTrainer(AdapterTrainer, DPOTrainer):
         }
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
-        """With the length of answers, and a warning where the preferred answers have become less likely."""
+        """With a warning where the preferred answers have become less likely."""
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.is_world_process_zero():
-            answers = {f"{metric_key_prefix}_{name}": value for name, value in self.answer_lengths().items()}
             assert output.metrics is not None
-            output.metrics.update(answers)
             if warning := chosen_warning(output.metrics[f"{metric_key_prefix}_chosen_change"], self.args):
                 say(warning)
         return output
 
     @torch.no_grad()
-    def answer_lengths(self) -> dict[str, float]:
+    def answer_metrics(self) -> dict[str, float]:
         """Mean tokens of the greedy answers to some held-out prompts, and the part of them that end by themselves."""
         if not self.length_prompts:
             return {}
@@ -188,9 +193,11 @@ def chosen_warning(change: float, args: DPOArguments) -> str | None:
     """
     if change >= -args.max_chosen_drop:
         return None
+    has_sft = "sft" in args.loss_type
+    sft_term = "Give sft more weight in loss_weights" if has_sft else "Add an SFT term (loss_type: [sigmoid, sft])"
     return (
         f"warning: the preferred answers have become less likely than under the reference, by {-change:.3f} nats per "
         f"token (max_chosen_drop {args.max_chosen_drop}). The rejected ones fall faster, so the accuracy can rise all "
-        "the same, but what the model writes instead is neither. Add an SFT term (loss_type: [sigmoid, sft]), lower "
-        f"learning_rate ({args.learning_rate}) or raise beta ({args.beta})"
+        f"the same, but what the model writes instead is neither. {sft_term}, lower learning_rate "
+        f"({args.learning_rate}) or raise beta ({args.beta})"
     )

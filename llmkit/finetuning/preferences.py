@@ -55,15 +55,14 @@ class Pairs(Conversations):
 def load_pairs(args: SourceArguments) -> tuple[Pairs, Pairs]:
     """Read the pairs for training and for validation. All pairs of one prompt are on the same side.
 
-    With no source given, the functions that SFT holds out are held out here as well.
+    With no source given, the pairs are made from the standard library's docstrings, and no function or docstring that
+    SFT trains on is among the held-out ones.
 
     Raises:
         UserError: no such source or split, or not one row that can be used.
     """
     if not (args.data_files or args.dataset_name):
-        conversations = load_conversations(ConversationArguments(validation_fraction=args.validation_fraction))
-        train, validation = (_docstring_pairs(part) for part in conversations)
-        return train, validation
+        return _load_docstring_pairs(args.validation_fraction)
     train = read_rows(*_source(args, args.dataset_split))
     if args.dataset_name and args.validation_split:
         return train, read_rows(*_source(args, args.validation_split))
@@ -73,6 +72,18 @@ def load_pairs(args: SourceArguments) -> tuple[Pairs, Pairs]:
 def _source(args: SourceArguments, split: str):
     rows, description = read_source(args, split)
     return rows, parse_pair, Pairs(description)
+
+
+def _load_docstring_pairs(validation_fraction: float) -> tuple[Pairs, Pairs]:
+    """Pairs of the functions that SFT trains on, and of those that it holds out.
+
+    Some functions have the same docstring. A held-out function whose docstring SFT has trained under another name is
+    left out, so that no preferred answer of the held-out pairs was ever trained.
+    """
+    train, held_out = load_conversations(ConversationArguments(validation_fraction=validation_fraction))
+    trained = {messages[1]["content"] for messages in train.rows}
+    held_out.rows = [messages for messages in held_out.rows if messages[1]["content"] not in trained]
+    return _docstring_pairs(train), _docstring_pairs(held_out)
 
 
 def _docstring_pairs(conversations: Conversations) -> Pairs:

@@ -9,9 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
-from llmkit.finetuning.adapter_trainer import AdapterTrainer, as_prompt, fingerprint
+from llmkit.finetuning.adapter_trainer import AdapterTrainer, fingerprint
 from llmkit.finetuning.arguments import SFTArguments
-from llmkit.finetuning.turns import Messages
 from llmkit.model.loss import IGNORE_INDEX, is_plain_head, linear_cross_entropy
 from llmkit.runs.run import FINE_TUNING
 
@@ -132,19 +131,3 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 def _has_targets(row: dict[str, list[int]], max_length: int) -> bool:
     """Whether something is left to train on where the row is cut. (TRL leaves out the others only without packing.)"""
     return any(label != IGNORE_INDEX for label in row["labels"][1:max_length])
-
-
-def held_out_questions(
-    conversations: Sequence[Messages], tokenizer: PreTrainedTokenizerBase, max_length: int, count: int = 2
-) -> list[str]:
-    """The first questions of the first conversations, each once: prompts to watch a model learn with.
-
-    Those that take more than half of `max_length` tokens, with the template around them, are passed over.
-    """
-    found: dict[str, None] = {}
-    for messages in conversations:
-        question = next(message["content"] for message in messages if message["role"] == "user")
-        prompt = tokenizer(as_prompt(question, tokenizer), add_special_tokens=False, verbose=False)["input_ids"]
-        if len(found) < count and len(prompt) <= max_length // 2:
-            found[question] = None
-    return list(found)

@@ -144,6 +144,7 @@ def continue_prompts(
     prompts: Sequence[str],
     sampling: Sampling,
     write: Callable[[str], None] | None = None,
+    add_special_tokens: bool = True,
 ) -> list[Continuation]:
     """Continue all prompts as one batch, padded on the left.
 
@@ -153,6 +154,7 @@ def continue_prompts(
 
     Args:
         write: of a single continuation, receives its text piece by piece while it is generated.
+        add_special_tokens: as the tokenizer does with a text; False where a chat template has put them in already.
 
     Raises:
         UserError: a prompt fills the context.
@@ -163,7 +165,7 @@ def continue_prompts(
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = []
     for prompt in prompts:
-        ids = tokenizer(prompt, verbose=False)["input_ids"] or [start]
+        ids = tokenizer(prompt, add_special_tokens=add_special_tokens, verbose=False)["input_ids"] or [start]
         wanted = _new_tokens(len(ids), context, sampling.max_new_tokens)
         rows += [_Row(prompt, ids, len(ids), wanted) for _ in range(sampling.num_samples)]
     streamer = PieceStreamer(tokenizer, sampling, write) if write else None

@@ -62,6 +62,13 @@ METRICS = {
             "the preferred answer is likelier",
         ),
         Metric(
+            "eval_preference_accuracy_per_token",
+            "preference accuracy per token",
+            ".1%",
+            chart="Preference accuracy",
+            curve="the preferred answer is likelier per token",
+        ),
+        Metric(
             "eval_rewards/accuracies",
             "reward accuracy",
             ".1%",

@@ -231,11 +231,16 @@ def push(
         base = base_on_hub(folder, repository.base, run, repository.has)
         repository = repository.open()
         if not keep_card:
-            dataset = run.record["source"].get("dataset_name") if run else None
-            if dataset and (Path(dataset).exists() or not repository.has(dataset, "dataset")):
-                dataset = None
-            write_model_card(folder, repository.repo_id, run, repository.license, base, dataset)
+            source = run.record["source"] if run else {}
+            dataset = _on_hub(repository, source.get("dataset_name"), "dataset")
+            sft_adapter = _on_hub(repository, source.get("adapter"), "model")
+            write_model_card(folder, repository.repo_id, run, repository.license, base, dataset, sft_adapter)
         return repository.upload(folder, message)
+
+
+def _on_hub(repository: Repository, name: str | None, repo_type: str) -> str | None:
+    """The name, if it is one on the Hub and of nothing that is here."""
+    return name if name and not Path(name).exists() and repository.has(name, repo_type) else None
 
 
 # ------------------------------------------------------------------ out of a training run

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from llmkit.model.opening import open_config
 from llmkit.runs.loss_curve import draw_loss
 from llmkit.runs.metrics import METRICS
-from llmkit.runs.run import LOG, Run, load_run
+from llmkit.runs.run import LOG, PREFERENCE_TUNING, Run, load_run
 
 PICTURE = "loss_curve.png"
 TRAINER_STATE = "trainer_state.json"  # as Trainer names it, whose import takes seconds
@@ -25,8 +25,9 @@ HYPERPARAMETERS += ("muon_learning_rate", "lr_schedule", "lr_scheduler_type", "w
 HYPERPARAMETERS += ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "dropout")
 HYPERPARAMETERS += ("beta", "loss_type", "loss_weights", "label_smoothing", "bf16", "fp16", "seed", "data_seed")
 EVALUATED = ("eval_loss", "eval_perplexity", "eval_bits_per_byte")
-PREFERENCES = ("eval_preference_accuracy", "eval_rewards/accuracies", "eval_rewards/margins", "eval_chosen_change")
-PREFERENCES += ("eval_rejected_change", "eval_answer_tokens", "eval_answers_ended")
+PREFERENCES = ("eval_preference_accuracy", "eval_preference_accuracy_per_token", "eval_rewards/accuracies")
+PREFERENCES += ("eval_rewards/margins", "eval_chosen_change", "eval_rejected_change", "eval_answer_tokens")
+PREFERENCES += ("eval_answers_ended",)
 
 
 def run_of(checkpoint: Path) -> Run | None:
@@ -69,7 +70,13 @@ def _step_of(checkpoint: Path) -> int | None:
 
 
 def write_model_card(
-    folder: Path, repo_id: str, run: Run | None, license: str | None, base: str | None, dataset: str | None
+    folder: Path,
+    repo_id: str,
+    run: Run | None,
+    license: str | None,
+    base: str | None,
+    dataset: str | None,
+    sft_adapter: str | None = None,
 ) -> None:
     """Write `README.md`, and a picture of the loss where there is one, beside a model's files.
 
@@ -79,6 +86,7 @@ def write_model_card(
         run: what is known of the training.
         license: as the Hub names it.
         base, dataset: the model that training started from and what it was trained on, where they are on the Hub.
+        sft_adapter: the adapter that preference tuning started from, where it is on the Hub.
     """
     adapter = _read(folder / "adapter_config.json")
     hellaswag = _last(run.log if run else [], "hellaswag/acc_norm")
@@ -94,7 +102,7 @@ def write_model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    sections = [f"# {name}", _introduction(folder, adapter, run, base), _usage(folder, repo_id, run)]
+    sections = [f"# {name}", _introduction(folder, adapter, run, base, sft_adapter), _usage(folder, repo_id, run)]
     if run:
         drawn = draw_loss(run, folder / PICTURE)
         sections += [
@@ -113,7 +121,7 @@ def write_model_card(
 # ------------------------------------------------------------------ what the model is
 
 
-def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None) -> str:
+def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None, sft_adapter: str | None) -> str:
     count = sum(map(_parameters, folder.glob("*.safetensors")))
     if adapter:
         kind = _text(adapter["peft_type"]).replace("LORA", "LoRA")
@@ -123,6 +131,8 @@ def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None
         if quantization := _read(folder / "quantization_config.json"):
             text += f", trained on that base in {'4' if quantization['load_in_4bit'] else '8'} bits"
         text += "."
+        if run and run.kind == PREFERENCE_TUNING:
+            text += f" {_reference(run, sft_adapter)}"
     else:
         config = open_config(folder)
         (architecture, *_) = config.architectures or [config.model_type]
@@ -140,6 +150,14 @@ def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None
     if run and (run.progress or 1) < 0.9999:
         text += f" This is a checkpoint at step {run.log[-1]['step']:,}, {run.progress:.0%} of the planned training."
     return text
+
+
+def _reference(run: Run, sft_adapter: str | None) -> str:
+    """What preference tuning started from and was compared with."""
+    if "adapter" not in run.record["source"]:
+        return "It was tuned on preferences, with that base as the reference."
+    start = _link(sft_adapter) if sft_adapter else "an adapter for that base that is not on the Hub"
+    return f"It was tuned on preferences, starting from {start}, which is also the reference."
 
 
 def _parameters(weights: Path) -> int:

@@ -201,6 +201,8 @@ class ExactTrainer(WholeCheckpoints):
         sums = self.accelerator.gather(torch.stack(self.eval_sums)).cpu().double()
         totals = sums.view(-1, sums.shape[-1]).sum(dim=0).tolist()
         metrics = self.metrics_of(totals, dataloader.dataset)
+        if self.is_world_process_zero():
+            metrics |= self.answer_metrics()
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
@@ -209,6 +211,10 @@ class ExactTrainer(WholeCheckpoints):
         """The metrics of an evaluation, from what `sum_loss` gave, added up over all batches and ranks."""
         nats, tokens = totals
         return loss_metrics(nats, int(tokens), self.tokens_per_byte(dataset))
+
+    def answer_metrics(self) -> dict[str, float]:
+        """The metrics of an evaluation that take generated text; the first rank alone generates it."""
+        return {}
 
     def tokens_per_byte(self, dataset) -> float | None:
         """Of the text that is evaluated, where bits per byte are wanted."""

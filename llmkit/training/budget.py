@@ -257,5 +257,6 @@ def _time_of_evaluation(trainer: "ExactTrainer", clock: Callable[[], float]) -> 
         if isinstance(callback, Samples) and callback.takes_part(trainer.state):
             for prompt in callback.prompts:
                 callback.sample(trainer.model, prompt)
+    trainer.answer_metrics()
     trainer.write_report()
     return seconds + clock() - started

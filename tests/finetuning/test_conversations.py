@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.tokenizer import bpe_from_files, train_bpe_tokenizer
 from llmkit.errors import UserError
+from llmkit.finetuning.adapter_trainer import held_out_questions
 from llmkit.finetuning.audit import audit, show_tokens
 from llmkit.finetuning.conversations import (
     ConversationArguments,
@@ -22,7 +23,6 @@ from llmkit.finetuning.conversations import (
     read_rows,
     row_parser,
 )
-from llmkit.finetuning.sft_trainer import held_out_questions
 from llmkit.finetuning.turns import Malformed, check_turns, split_guanaco
 
 GPT2_FILES = Path(__file__).parents[3] / "shared" / "data" / "gpt2_tokenizer"

@@ -8,11 +8,12 @@ from trl.trainer.utils import add_fused_lm_head
 from llmkit.data.sample_data import docstring_preferences
 from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.errors import UserError
-from llmkit.finetuning.conversations import add_chat_template, hold_out
+from llmkit.finetuning.answer_positions import AnswerPositions
+from llmkit.finetuning.conversations import SourceArguments, add_chat_template, hold_out
 from llmkit.finetuning.preference_arguments import DPOArguments
 from llmkit.finetuning.preference_audit import audit_pairs, show_pair
 from llmkit.finetuning.preference_trainer import answer_log_probs, chosen_warning
-from llmkit.finetuning.preferences import Pairs, can_be_compared, encode_pair, encode_pairs, parse_pair
+from llmkit.finetuning.preferences import Pairs, can_be_compared, encode_pair, encode_pairs, load_pairs, parse_pair
 from llmkit.finetuning.turns import Malformed
 
 USER = [{"role": "user", "content": "Why?"}]
@@ -74,6 +75,14 @@ def test_embedded_pairs_prefer_the_whole_docstring():
     assert other in dict(answered).values() and answered[0][1].startswith(cut) and without_end.startswith(chosen[:10])
 
 
+def test_no_held_out_docstring_was_trained_under_another_name(monkeypatch):
+    texts = [f"### Human: What does f{i} do?### Assistant: It returns number {i % 45}." for i in range(60)]
+    monkeypatch.setattr("llmkit.finetuning.conversations.docstring_conversations", lambda: texts)
+    train, held_out = load_pairs(SourceArguments(validation_fraction=0.2))
+    trained = {pair["chosen"] for pair in train.rows}
+    assert len(trained) > 30 and held_out.rows and not trained & {pair["chosen"] for pair in held_out.rows}
+
+
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = train_bpe_tokenizer(["### Human: Why?\n### Assistant: Because. No."] * 9, 300)
@@ -102,21 +111,58 @@ def test_the_audit_counts_and_warns(tokenizer):
         audit_pairs(pairs, rows, tokenizer, prompt).check()
 
 
-def test_log_probabilities_are_those_of_the_full_logits():
+def small_model() -> GPT2LMHeadModel:
     set_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=4)).eval()
-    ids = torch.randint(211, (4, 20))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=32, n_embd=48, n_layer=2, n_head=4)).eval()
+
+
+def pairs_of_tokens() -> dict[str, torch.Tensor]:
+    ids = torch.randint(211, (4, 20), generator=torch.Generator().manual_seed(0))
     mask = torch.zeros_like(ids)
     mask[:, 8:15] = 1
+    mask[1, 10:] = 0
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+
+
+@pytest.mark.parametrize("at_answers_alone", [False, True])
+def test_log_probabilities_are_those_of_the_full_logits(at_answers_alone):
+    model, inputs = small_model(), pairs_of_tokens()
+    ids, mask = inputs["input_ids"], inputs["completion_mask"]
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].log_softmax(-1)
     expected = (logits.gather(-1, ids[:, 1:, None]).squeeze(-1) * mask[:, 1:]).sum(1)
     add_fused_lm_head(model)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "completion_mask": mask}
+    if at_answers_alone:
+        AnswerPositions(model)
     torch.testing.assert_close(answer_log_probs(model, inputs), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_the_head_at_answers_alone_gives_what_trls_gives_everywhere():
+    """Every figure of each position, and the gradients; and it never sees the other positions."""
+    fields = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
+    inputs = pairs_of_tokens()
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    found, shapes = [], []
+    for at_answers_alone in (False, True):
+        model = small_model()
+        add_fused_lm_head(model, outputs=fields)
+        if at_answers_alone:
+            AnswerPositions(model)
+            model.transformer.register_forward_hook(lambda *hooked: shapes.append(hooked[2].last_hidden_state.shape))
+        outputs = model(inputs["input_ids"], labels=labels, fused_lm_head=True)
+        (outputs.log_probs.sum() + outputs.entropy.sum()).backward()
+        gradients = [parameter.grad for parameter in model.parameters()]
+        found.append([*(outputs[name] for name in (*fields, "label_mask", "loss")), *gradients])
+        untrained = model(inputs["input_ids"], labels=torch.full_like(labels, -100), fused_lm_head=True)
+        assert not untrained.log_probs.any() and model(inputs["input_ids"]).logits.shape == (4, 20, 211)
+    assert shapes == [(1, 23, 48), (4, 20, 48), (4, 20, 48)]  # of the second model, called three times
+    for expected, compact in zip(*found, strict=True):
+        torch.testing.assert_close(compact, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_warning_says_what_to_do(tmp_path):
     args = DPOArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", max_chosen_drop=0.2)
     assert chosen_warning(-0.19, args) is None and chosen_warning(0.3, args) is None
-    assert "loss_type: [sigmoid, sft]" in chosen_warning(-0.21, args)
+    assert "Add an SFT term (loss_type: [sigmoid, sft])" in chosen_warning(-0.21, args)
+    args.loss_type = ["sigmoid", "sft"]
+    assert "Give sft more weight in loss_weights" in chosen_warning(-0.21, args)

@@ -1,10 +1,9 @@
 """`accelerate launch recipes/dpo_qlora.py` as a user runs it, on a tiny Phi with an SFT adapter."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PhiConfig, PhiForCausalLM, set_seed
 
 from llmkit.data.tokenizer import train_bpe_tokenizer
-from small_run import accelerate_launch
+from small_run import accelerate_launch, refusal
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -26,7 +25,7 @@ TRAINING = ["--max_length", "96", "--max_steps", "16", "--learning_rate", "5e-3"
 TRAINING += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2", "--logging_steps", "2"]
 TRAINING += ["--eval_strategy", "steps", "--eval_steps", "8", "--save_steps", "8", "--lr_schedule", "linear"]
 TRAINING += ["--validation_fraction", "0.25", "--warmup_steps", "2", "--per_device_eval_batch_size", "3"]
-TRAINING += ["--sample_prompts", "Who wrote Faust?", "--sample_tokens", "12", "--max_chosen_drop", "0.001"]
+TRAINING += ["--sample_tokens", "12", "--max_chosen_drop", "0.001"]
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +136,9 @@ def test_two_ranks_train_what_one_trains(one_rank, work):
     assert logged(work / "two", "trained_tokens") == logged(one_rank, "trained_tokens")
 
 
-def test_the_reference_is_the_sft_model(work, tmp_path):
-    """Its log-probabilities, whatever the trained copy has become, are those of the SFT model loaded by itself."""
-    from llmkit.finetuning.adapters import load_base_model, load_with_adapter
+def parts(work: Path, output: Path, **given):
+    """What makes a trainer, the SFT model and the arguments, in this process."""
+    from llmkit.finetuning.adapters import load_base_model
     from llmkit.finetuning.conversations import SourceArguments
     from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
     from llmkit.finetuning.preference_trainer import PreferenceTrainer
@@ -147,12 +146,32 @@ def test_the_reference_is_the_sft_model(work, tmp_path):
 
     start = PreferenceModelArguments(adapter=str(work / "sft"))
     start.resolve()
-    args = DPOArguments(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_length=96)
+    args = DPOArguments(
+        output_dir=str(output), use_cpu=True, bf16=False, report_to="none", max_length=96, disable_tqdm=True, **given
+    )
     tokenizer = start.load_tokenizer()
     pairs, _ = load_pairs(SourceArguments(data_files=[str(work / "pairs.jsonl")], validation_fraction=0.25))
     rows = encode_pairs(pairs, tokenizer)
     model = start.put_adapter(load_base_model(start, torch.float32, torch.device("cpu")))
-    trainer = PreferenceTrainer(model, args, None, rows, rows, tokenizer, "pairs")
+    data = {"train_rows": rows, "eval_rows": rows, "tokenizer": tokenizer, "description": "pairs"}
+    return partial(PreferenceTrainer, lora_config=None, **data), model, args
+
+
+def test_nobody_is_told_of_a_run(work, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("trl.trainer.base_trainer.send_telemetry", lambda *args, **kwargs: told.append(kwargs))
+    monkeypatch.delenv("CI", raising=False)  # where TRL tells nothing
+    make, model, args = parts(work, tmp_path)
+    make(model, args)
+    assert not told
+
+
+def test_the_reference_is_the_sft_model(work, tmp_path):
+    """Its log-probabilities, whatever the trained copy has become, are those of the SFT model loaded by itself."""
+    from llmkit.finetuning.adapters import load_with_adapter
+
+    make, model, args = parts(work, tmp_path)
+    trainer = make(model, args)
     for parameter in trainer.model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1
@@ -167,19 +186,29 @@ def test_the_reference_is_the_sft_model(work, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
 
 
+def test_a_length_in_minutes_becomes_steps(work, tmp_path, capsys):
+    """The rehearsal trains a copy, and leaves the SFT adapter without a reference beside it."""
+    from llmkit.training.budget import fix_length
+
+    make, model, args = parts(work, tmp_path, train_minutes=0.5, eval_strategy="steps", eval_steps=0.5)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    fix_length(make, model, args, None)
+    assert args.max_steps > 1 and f"{args.max_steps:,} steps of " in capsys.readouterr().out
+    assert list(model.peft_config) == ["default"]
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_held_out_prompt_is_answered_where_none_is_given(one_rank):
+    lines = [json.loads(line) for line in (one_rank / "log.jsonl").read_text().splitlines()]
+    assert {line["prompt"] for line in lines if "prompt" in line} == {"### Human: Which sea is salt?\n### Assistant:"}
+
+
 def test_the_result_is_an_adapter_as_any_other(one_rank, capsys):
     from llmkit.cli import main as llmkit
 
     llmkit(["merge", str(one_rank), str(one_rank.with_name("merged"))])
     assert "KL divergence" in capsys.readouterr().out
-
-
-def recipe(*arguments: object) -> None:
-    spec = importlib.util.spec_from_file_location("dpo_qlora", ROOT / "recipes" / "dpo_qlora.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = ["dpo_qlora.py", *map(str, arguments)]
-    module.main()
 
 
 @pytest.mark.parametrize(
@@ -205,15 +234,11 @@ def recipe(*arguments: object) -> None:
     ],
 )
 def test_mistakes_are_one_line(work, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(sys, "argv", [])
     monkeypatch.chdir(ROOT)
     (work / "chats.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (work / "equal.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b "}\n' * 2)
-    with pytest.raises(SystemExit) as ended:
-        recipe(*command(work, tmp_path / "run"), *(text.format(work=work) for text in arguments))
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert [line for line in errors if line.startswith("error: ") and message in line], errors
+    more = [text.format(work=work) for text in arguments]
+    assert message in refusal("dpo_qlora", [*command(work, tmp_path / "run"), *more], monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from small_run import accelerate_launch, rounding
+from small_run import accelerate_launch, refusal, rounding
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
@@ -208,10 +207,6 @@ def test_mistakes_are_one_line(tmp_path, arguments, message, monkeypatch, capsys
     (tmp_path / "short.txt").write_text("too short")
     arguments = [text.format(tmp=tmp_path) for text in arguments]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", *TINY, *arguments, "--output_dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
-    assert stopped.value.code == 2
-    *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and message in line
+    given = [*TINY, *arguments, "--output_dir", tmp_path / "run"]
+    assert message in refusal("pretrain", given, monkeypatch, capsys)
     assert not (tmp_path / "run").exists()

@@ -1,11 +1,9 @@
 """`accelerate launch recipes/sft_qlora.py` as a user runs it, on a tiny Phi: one rank, two ranks, resumed, merged."""
 
-import importlib.util
 import json
 import math
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, pipeline, set_seed
 
 from llmkit.data.tokenizer import train_bpe_tokenizer
-from small_run import accelerate_launch
+from small_run import accelerate_launch, refusal
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -167,15 +165,6 @@ def test_resumed_run_ends_with_the_same_bits(one_rank, work):
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
-def recipe(*arguments: object) -> None:
-    """`recipes/sft_qlora.py` in this process: what it refuses, it refuses before there is anything to clean up."""
-    spec = importlib.util.spec_from_file_location("sft_qlora", ROOT / "recipes" / "sft_qlora.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    sys.argv = ["sft_qlora.py", *map(str, arguments)]
-    module.main()
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -192,15 +181,10 @@ def recipe(*arguments: object) -> None:
     ],
 )
 def test_mistakes_are_one_line(one_rank, work, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(sys, "argv", [])
     more = [text.format(work=work) for text in arguments]
     base = ["--config", ROOT / "recipes/sft_qlora_quickstart.yaml", "--model", work / "base", "--data_files"]
     base += [work / "chats.jsonl", *TRAINING, "--output_dir", tmp_path / "run"]
-    with pytest.raises(SystemExit) as ended:
-        recipe(*base, *more)
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert [line for line in errors if line.startswith("error: ") and message in line], errors
+    assert message in refusal("sft_qlora", [*base, *more], monkeypatch, capsys)
     assert not (tmp_path / "run").exists()
 
 

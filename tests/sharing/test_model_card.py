@@ -213,6 +213,36 @@ def test_an_adapter(tmp_path):
     assert "chats" not in found.content and "loss_curve" not in found.content, "one point is no curve"
 
 
+def test_a_preference_run_names_base_adapter_and_pairs(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    base = GPT2LMHeadModel(GPT2Config(vocab_size=211, n_positions=64, n_embd=48, n_layer=2, n_head=4, eos_token_id=0))
+    get_peft_model(base, LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)).save_pretrained(tmp_path)
+    data = {"description": "pairs", "pairs": 1234, "validation_pairs": 56}
+    source = {"adapter": "org/sft", "dataset_name": "org/pairs", "dataset_split": "train_prefs"}
+    record = RUN | {"kind": "preference tuning", "source": source, "data": data}
+    evaluated = {
+        "eval_loss": 0.5,
+        "eval_preference_accuracy": 0.75,
+        "eval_answer_tokens": 17.25,
+        "eval_chosen_change": -0.01,
+    }
+    write_log(tmp_path, [LOG[0] | {"run": record}, {"step": 5, "time": 1005.0} | evaluated])
+    found = card(tmp_path, tmp_path, base="org/base", dataset="org/pairs", sft_adapter="org/sft")
+    for text in (
+        "parameters for [org/base](https://huggingface.co/org/base). It was tuned on preferences, starting from "
+        "[org/sft](https://huggingface.co/org/sft), which is also the reference.",
+        "[org/pairs](https://huggingface.co/datasets/org/pairs), split `train_prefs`",
+        "| To train on | 1,234 preference pairs |",
+        "| Preference accuracy | 75.0% |",
+        "| Tokens of an answer | 17.2 |",
+    ):
+        assert text in found.content, text
+    assert (found.data.base_model, found.data.datasets) == ("org/base", ["org/pairs"])
+    local = card(tmp_path, tmp_path, base="org/base").content  # the adapter and the pairs are nowhere on the Hub
+    assert "starting from an adapter for that base that is not on the Hub" in local and "org/sft" not in local
+
+
 def test_without_a_log_little_is_said(run):
     (run / "log.jsonl").unlink()
     assert run_of(run / "checkpoint-20") is None

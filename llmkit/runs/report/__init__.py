@@ -56,6 +56,23 @@ def write_page(path: Path, text: str) -> None:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
+def static_page(title: str, body: str) -> str:
+    """A page without a script, in the report's style.
+
+    Args:
+        title: plain text.
+        body: HTML.
+    """
+    style = (HERE / "page.css").read_text(encoding="utf-8")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{html.escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>{body}</main>\n"
+        "</body>\n</html>\n"
+    )
+
+
 def page(runs: list[Run], now: float) -> str:
     """The whole page.
 

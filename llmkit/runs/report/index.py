@@ -8,7 +8,7 @@ from urllib.parse import quote
 from llmkit.errors import UserError
 from llmkit.files import is_held
 from llmkit.runs.metrics import COMPARED, METRICS
-from llmkit.runs.report import HERE, REPORT, write_page
+from llmkit.runs.report import REPORT, static_page, write_page
 from llmkit.runs.report.curves import tokens
 from llmkit.runs.report.summary import last_value, moment, quantity, state
 from llmkit.runs.run import LOG, load_run
@@ -74,18 +74,14 @@ def write_index(folder: str | Path, rows: list[dict[str, str]]) -> Path:
     names = _columns(rows)
     head = "".join(f"<th scope='col'>{html.escape(name)}</th>" for name in names)
     body = "".join(f"<tr>{''.join(_cell(row, name) for name in names)}</tr>" for row in rows)
-    style = (HERE / "page.css").read_text(encoding="utf-8")
-    text = (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
-        f"<title>Runs</title>\n<style>{style}</style>\n</head>\n<body>\n<main><h1>{len(rows)} runs</h1>\n"
+    content = (
+        f"<h1>{len(rows)} runs</h1>\n"
         f"<div class='card across list'><div class='scroll' tabindex='0'><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{body}</tbody></table></div></div>\n"
-        f"<footer>Made by llmkit, {moment(time.time())}.</footer></main>\n</body>\n</html>\n"
+        f"<footer>Made by llmkit, {moment(time.time())}.</footer>"
     )
     path = Path(folder) / INDEX
-    write_page(path, text)
+    write_page(path, static_page("Runs", content))
     return path
 
 
