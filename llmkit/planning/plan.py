@@ -234,10 +234,13 @@ def _fit(
         return step_memory(step(micro_batch, checkpointing), device_type=hardware.device_type, autocast=autocast)
 
     size = sizes.micro_batch
-    found, twice = memory(size), memory(2 * size)
+    # A CPU's loss goes in so small chunks that one of more rows would take long to run.
+    other = 2 * size if hardware.device_type == "cuda" else size // 2 or 2
+    found = memory(size)
     buckets = found.gradients if hardware.count > 1 else 0
     limit = hardware.memory * USABLE
-    most = largest_micro_batch((size, found.peak + buckets), (2 * size, twice.peak + buckets), limit)
+    small, large = sorted([(size, found.peak + buckets), (other, memory(other).peak + buckets)])
+    most = largest_micro_batch(small, large, limit)
     most = min(most, sizes.step_tokens // (sizes.row * hardware.count))  # a whole step
     ranks = hardware.count if can_shard else 1
     return found, buckets, most, _what_fits(found, lambda: memory(size, True), buckets, limit, ranks)
