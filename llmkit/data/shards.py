@@ -1,4 +1,4 @@
-"""Preparing token shards: a corpus is tokenized once, into the files that training memory-maps."""
+"""Preparing token shards: a corpus is tokenized once, into the files that training reads."""
 
 import errno
 import itertools

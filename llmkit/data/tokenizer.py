@@ -132,7 +132,7 @@ def load_tokenizer(name_or_path: str, revision: str | None = None) -> PreTrained
         tokenizer = AutoTokenizer.from_pretrained(
             str(path or name_or_path), revision=revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of a damaged tokenizer.json, the tokenizers package raises Exception itself
         place = "this folder holds no tokenizer" if path else "not a folder here, and not read from the Hub"
         raise UserError(f"tokenizer {name_or_path}: {place} ({reason(error)})") from error
     # By a GPT-2's config.json AutoTokenizer makes one without any token where its files are not there.

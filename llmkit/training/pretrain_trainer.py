@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import transformers
@@ -83,6 +84,8 @@ class PretrainTrainer(ExactTrainer):
         # From here on, Trainer's steps: more than the full batches that were asked for where the first are smaller.
         self.full_steps, self.batches = args.max_steps, args.batches(block_size)
         args.max_steps = record["steps"] = self.batches.num_steps
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.sampler = WindowBatchSampler(len(train_dataset), self.batches, seed)
         args.remove_unused_columns = False  # `shift_labels` reaches the model
 
         peak = peak_flops(args.device) if args.bf16 else None
@@ -121,11 +124,13 @@ class PretrainTrainer(ExactTrainer):
     def take_folder(self, resume_from: str | None, fingerprint: str) -> None:
         """Also has the first rank of each node read its shards once and compare their checksums."""
         problem = None
-        if self.is_local_process_zero():
-            try:
-                self.train_dataset.manifest.verify()
-            except UserError as error:
-                problem = str(error)
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pool.submit(self.sampler.prepare)  # meanwhile
+            if self.is_local_process_zero():
+                try:
+                    self.train_dataset.manifest.verify()
+                except UserError as error:
+                    problem = str(error)
         if problem := self._first_problem(problem):
             raise UserError(problem)
         super().take_folder(resume_from, fingerprint)
@@ -150,17 +155,13 @@ class PretrainTrainer(ExactTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """All batches of the run as one epoch to Trainer; passes over the text are the sampler's business."""
-        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=self._sampler()))
-
-    def _sampler(self) -> WindowBatchSampler:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return WindowBatchSampler(len(self.train_dataset), self.batches, seed)
+        return self.accelerator.prepare(self._loader(self.train_dataset, batch_sampler=self.sampler))
 
     def describe_micro_batch(self, step: int, rank: int, micro_batch: int) -> str:
         start, stop = self.batches.places(step)[micro_batch * self.args.world_size + rank]
         documents = [
             document
-            for window in self._sampler().windows(start, stop)
+            for window in self.sampler.windows(start, stop)
             for document in documents_of(self.train_dataset, window, self.processing_class)
         ]
         more = f" and {len(documents) - 3} more documents" if len(documents) > 3 else ""

@@ -242,6 +242,15 @@ def test_load_tokenizer_of_no_folder(name):
         load_tokenizer(name)
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[]", '{"model": {}}', "a letter"])
+def test_load_tokenizer_of_a_damaged_file(bpe, tmp_path, damaged):
+    bpe.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace("ByteLevel", "ByteLevex", 1) if damaged == "a letter" else damaged)
+    with pytest.raises(UserError, match="holds no tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_load_tokenizer_of_an_empty_folder(tmp_path):
     with pytest.raises(UserError, match="holds no tokenizer") as raised:
         load_tokenizer(str(tmp_path))

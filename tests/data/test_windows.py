@@ -11,6 +11,7 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 from llmkit.data.manifest import Manifest, Shard, Split
+from llmkit.data.shard_files import DamagedShard
 from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.data.windows import IGNORED, TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
@@ -104,7 +105,7 @@ def test_opening_reads_no_token(tmp_path):
     manifest = make_manifest(tmp_path, [20], [11])
     (tmp_path / "train_00000.bin").unlink()
     windows = TokenWindows(manifest, "train", 8)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DamagedShard, match="train_00000.bin cannot be read: No such file"):
         windows[0]
 
 
@@ -215,6 +216,9 @@ def test_order_is_a_function_of_the_seed():
     assert first(1) == first(1) != first(2)
     sampler = WindowBatchSampler(10, [3] * 8, seed=1)
     assert list(sampler) == list(sampler) and len(sampler) == 8
+    ahead = WindowBatchSampler(10, [3] * 8, seed=1)
+    ahead.prepare()
+    assert list(ahead) == list(sampler) == list(ahead)
 
 
 def rank_batches(sampler, world_size):

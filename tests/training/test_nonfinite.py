@@ -53,9 +53,9 @@ def test_the_message_names_the_text(data, tmp_path):
     start = str(told.value)
     assert "micro-batch 2 of rank 0: train_00000.bin, token" in start and "times" in start
     # What it names is what that micro-batch was made of.
-    windows = list(run._sampler())[3 * 2 + 1]
-    assert [run._sampler().windows(*run.batches.places(4)[1])] == [windows]
-    stream = run.train_dataset._array(0)
+    windows = list(run.sampler)[3 * 2 + 1]
+    assert [run.sampler.windows(*run.batches.places(4)[1])] == [windows]
+    stream = run.train_dataset.shards[0][:]
     offset = int(start.split("token ")[1].split(":")[0].replace(",", ""))
     end = data[0].eos_token_id
     assert offset == 0 or stream[offset - 1] == end
@@ -160,7 +160,7 @@ def test_spikes(data, tmp_path, how, capsys, monkeypatch):
 def test_blame_prints_what_a_step_was_trained_on(data, tmp_path, capsys):
     """Every window of the batch, where the loader gave it; and mistakes in one line."""
     run = trainer(data, tmp_path, **MICRO, batch_ramp_start=6 * 16, batch_ramp_tokens=12 * 16)
-    batches = list(run._sampler())[2:4]
+    batches = list(run.sampler)[2:4]
     run.train()
     run.processing_class.save_pretrained(tmp_path)
     capsys.readouterr()
