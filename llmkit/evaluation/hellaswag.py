@@ -9,7 +9,7 @@ this way and of 0.3114 that way.)
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +136,14 @@ def encode_hellaswag(rows: Sequence[dict], tokenizer: PreTrainedTokenizerBase, c
 
 
 def score_hellaswag(
-    model: PreTrainedModel, questions: Sequence[Question], batch_size: int, accelerator: Accelerator | None = None
+    model: PreTrainedModel,
+    questions: Sequence[Question],
+    batch_size: int,
+    accelerator: Accelerator | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Accuracies and their standard errors; see `ending_losses` for the arguments and `accuracies` for the result."""
-    return accuracies(questions, ending_losses(model, questions, batch_size, accelerator))
+    return accuracies(questions, ending_losses(model, questions, batch_size, accelerator, before_batch=before_batch))
 
 
 @torch.no_grad()
@@ -149,6 +153,7 @@ def ending_losses(
     batch_size: int,
     accelerator: Accelerator | None = None,
     progress: bool = False,
+    before_batch: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """The summed loss of each ending's tokens, in nats: (questions, endings), float64, on the CPU of every rank.
 
@@ -160,6 +165,7 @@ def ending_losses(
         batch_size: questions in a batch, each with all its endings.
         accelerator: with several ranks, each has to call this.
         progress: show a progress bar where there is a terminal.
+        before_batch: called on every rank before each batch; what it raises ends the scoring.
     """
     ranks, rank = (accelerator.num_processes, accelerator.process_index) if accelerator else (1, 0)
     # Longest first: what does not fit into memory shows at once.
@@ -169,14 +175,18 @@ def ending_losses(
     training = model.training
     model.eval()
     hidden = None if progress and rank == 0 else True  # None: where stderr is not a terminal
-    for start in tqdm(range(0, len(batches), ranks), desc="HellaSwag", leave=False, disable=hidden):
-        mine = start + rank
-        # Every rank calls the model equally often: where each holds a part of it (FSDP), they have to.
-        batch = batches[min(mine, len(batches) - 1)]
-        result = _batch_losses(model, [questions[i] for i in batch])
-        if mine < len(batches):
-            losses[batch] = result
-    model.train(training)
+    try:
+        for start in tqdm(range(0, len(batches), ranks), desc="HellaSwag", leave=False, disable=hidden):
+            if before_batch is not None:
+                before_batch()
+            mine = start + rank
+            # Every rank calls the model equally often: where each holds a part of it (FSDP), they have to.
+            batch = batches[min(mine, len(batches) - 1)]
+            result = _batch_losses(model, [questions[i] for i in batch])
+            if mine < len(batches):
+                losses[batch] = result
+    finally:
+        model.train(training)
     if accelerator is not None:
         losses = accelerator.reduce(losses, reduction="sum")  # of one rank's losses and the others' zeros
     return losses.double().cpu()

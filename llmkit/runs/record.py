@@ -104,10 +104,10 @@ def code_version() -> dict | None:
     return {"commit": commit, "changed": bool(changes)}
 
 
-def command_line() -> list[str]:
-    """How this process was called, without secrets: `--hub_token X` and the like."""
+def command_line(words: Sequence[str] | None = None) -> list[str]:
+    """The words of a command, by default this process's, without secrets: `--hub_token X` and the like."""
     shown, hide = [], False
-    for text in sys.argv:
+    for text in sys.argv if words is None else words:
         name, equals, _ = text.partition("=")
         is_secret = name.startswith("-") and name.replace("-", "_").endswith("_token")
         shown.append("***" if hide else f"{name}=***" if is_secret and equals else text)

@@ -28,12 +28,13 @@ from llmkit.training.lr_finder import RangeTest
 from llmkit.training.memory import out_of_memory
 from llmkit.training.monitoring import ResourceUse
 from llmkit.training.nonfinite import StepGuard
-from llmkit.training.ranks import RankLost, lost_rank
+from llmkit.training.ranks import Processes, lost_ranks_told, processes_of_ranks
 from llmkit.training.reporting import LiveReport, PushCheckpoints
+from llmkit.training.resuming import how_to_go_on
 from llmkit.training.run_arguments import RunArguments
 from llmkit.training.saving import ResumedState, WholeCheckpoints
 from llmkit.training.schedules import RANGE_TEST, check_schedule, create_schedule
-from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, ignore_signals, keep_workers
+from llmkit.training.stopping import EvaluationStopped, StopOnRequest, end_of_training, keep_workers
 
 
 class ExactTrainer(WholeCheckpoints):
@@ -72,10 +73,12 @@ class ExactTrainer(WholeCheckpoints):
         **others,
     ):
         log = JsonlLog(args.output_dir, record)
+        self.stop_on_request = StopOnRequest()
         callbacks: list[TrainerCallback] = [throughput, log]
         if prompts:
             length = args.sample_tokens
-            callbacks.append(Samples(processing_class, prompts, length, context, log, add_special_tokens))
+            stop = self.stop_on_request
+            callbacks.append(Samples(processing_class, prompts, length, context, log, stop, add_special_tokens))
         super().__init__(model, args=args, processing_class=processing_class, callbacks=callbacks, **others)
         self.record, self.throughput = record, throughput
         self.evaluated_step = -1
@@ -86,7 +89,6 @@ class ExactTrainer(WholeCheckpoints):
         self.args.hub_token = None  # Trainer pickles its arguments beside each checkpoint
         self.add_callback(StepsOfArguments)
         self.add_callback(ResumedState)
-        self.stop_on_request = StopOnRequest()
         self.add_callback(self.stop_on_request)
         self.guard = StepGuard(self.accelerator, self.log, self.describe_micro_batch)
         # A range test goes on until its loss diverges. The guard comes after what may ask for a save.
@@ -106,13 +108,13 @@ class ExactTrainer(WholeCheckpoints):
         """Trainer's, which would also resume a checkpoint of another run, on other data or with other settings."""
         if resume_from_checkpoint:
             check_resume(resume_from_checkpoint, self.record)
-        self.take_folder(resume_from_checkpoint, self.record["data"]["fingerprint"])
+        processes: Processes = []
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            with lost_ranks_told(self.args, processes):
+                processes += processes_of_ranks()
+                self.take_folder(resume_from_checkpoint, self.record["data"]["fingerprint"])
+                return super().train(resume_from_checkpoint, *args, **kwargs)
         except RuntimeError as error:
-            if message := lost_rank(error, self.args):
-                ignore_signals()  # the launcher's, which would interrupt the line that says why
-                raise RankLost(message) from error
             if message := out_of_memory(error, self.args):
                 raise UserError(message) from error
             raise
@@ -126,10 +128,9 @@ class ExactTrainer(WholeCheckpoints):
             return None
         step, saved = self.state.global_step, self.saved_step
         where = f"stopped ({self.stop_on_request.stopped}) at step {step:,} of {self.state.max_steps:,}"
-        how = "to go on, give the same command with --resume_from_checkpoint latest"
         if saved == step:
-            return f"{where}, checkpoint saved in {self.args.output_dir}: {how}"
-        return f"{where}, and its checkpoint could not be saved: {how}, from the last one that was"
+            return f"{where}, checkpoint saved in {self.args.output_dir}; {how_to_go_on()}"
+        return f"{where}, and its checkpoint could not be saved; from the last one that was, {how_to_go_on()}"
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """`lr_schedule`'s. It is stepped once a step at any number of ranks, for accelerate does not wrap it."""

@@ -8,7 +8,13 @@ import torch
 from accelerate import DistributedType
 from accelerate.state import AcceleratorState
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TrainerCallback,
+)
 from transformers.trainer_callback import TrainerState
 
 from llmkit.console import say
@@ -16,6 +22,7 @@ from llmkit.data.tokenizer import decode
 from llmkit.errors import UserError
 from llmkit.runs.metrics import METRICS
 from llmkit.runs.record import JsonlLog
+from llmkit.training.stopping import StopOnRequest
 
 
 class Throughput(TrainerCallback):
@@ -120,10 +127,12 @@ class ProgressLine(TrainerCallback):
 class Samples(TrainerCallback):
     """Continues fixed prompts at each evaluation: prints them and keeps them in the JSONL log.
 
-    The sampling has a seed of its own, so it neither changes the training's random numbers nor differs by rank.
+    The sampling has a seed of its own, so it neither changes the training's random numbers nor differs by rank. A run
+    that is asked to stop leaves out the samples that it has not made.
 
     Args:
         context: the model's context length in tokens.
+        stop: what tells whether the run is to stop.
         add_special_tokens: as the tokenizer does with a text; False where a chat template has put them in already.
 
     Raises:
@@ -137,9 +146,10 @@ class Samples(TrainerCallback):
         max_new_tokens: int,
         context: int,
         log: JsonlLog,
+        stop: StopOnRequest,
         add_special_tokens: bool = True,
     ):
-        self.add_special_tokens = add_special_tokens
+        self.stop, self.add_special_tokens = stop, add_special_tokens
         prompts = [prompt or tokenizer.eos_token for prompt in prompts]  # nothing: as a document begins
         for prompt in prompts:
             if (length := len(tokenizer(prompt, add_special_tokens=add_special_tokens)["input_ids"])) >= context:
@@ -160,14 +170,24 @@ class Samples(TrainerCallback):
     def on_evaluate(self, args, state, control, **kwargs):
         if not self.takes_part(state):
             return
+        together = AcceleratorState().distributed_type == DistributedType.FSDP
+        left = False
+
+        def leave() -> bool:
+            nonlocal left
+            left = left or self.stop.leave_samples(args, together)
+            return left
+
         for prompt in self.prompts:
-            text = self.sample(kwargs["model"], prompt)
+            text = self.sample(kwargs["model"], prompt, leave)
+            if left:
+                return
             if state.is_world_process_zero:
                 say(textwrap.indent(text, "    | "))
                 self.log.write(state.global_step, {"prompt": prompt, "sample": text})
 
-    def sample(self, model: PreTrainedModel, prompt: str) -> str:
-        """The prompt with its continuation."""
+    def sample(self, model: PreTrainedModel, prompt: str, leave: Callable[[], bool] = lambda: False) -> str:
+        """The prompt with its continuation, which ends where `leave`, called after each token, says so."""
         inputs = self.tokenizer(prompt, add_special_tokens=self.add_special_tokens, return_tensors="pt")
         inputs = inputs.to(model.device)
         room = self.context - inputs["input_ids"].shape[1]
@@ -183,6 +203,17 @@ class Samples(TrainerCallback):
                 temperature=0.8,
                 top_k=50,
                 pad_token_id=self.tokenizer.eos_token_id,
+                stopping_criteria=StoppingCriteriaList([_Leave(leave)]),
             )
         model.train(training)
         return decode(self.tokenizer, output[0], skip_special_tokens=True)
+
+
+class _Leave(StoppingCriteria):
+    """Ends a generation where a function says so."""
+
+    def __init__(self, leave: Callable[[], bool]):
+        self.leave = leave
+
+    def __call__(self, input_ids, scores, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.leave(), dtype=torch.bool, device=input_ids.device)

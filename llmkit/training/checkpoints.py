@@ -19,6 +19,7 @@ from llmkit.console import say
 from llmkit.errors import UserError
 from llmkit.files import COMPLETE, changed_file, hold_folder, read_record, sync, write_record
 from llmkit.runs.run import LOG, read_log
+from llmkit.training.ranks import lost_ranks_told
 
 STAGING = ".saving"
 SET_ASIDE = "set_aside"
@@ -107,9 +108,10 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         UserError: not a whole checkpoint; none that can be resumed; a run is already there and nothing says to go on
             with it; the ranks do not share a disk.
     """
-    checkpoint = first_rank_decides(args, lambda: _choose(args))
-    if checkpoint is not None:
-        _check_that_all_ranks_see(Path(checkpoint))
+    with lost_ranks_told(args):
+        checkpoint = first_rank_decides(args, lambda: _choose(args))
+        if checkpoint is not None:
+            _check_that_all_ranks_see(Path(checkpoint))
     return checkpoint
 
 

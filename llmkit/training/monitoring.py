@@ -9,15 +9,20 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.utils import get_total_norm
 from transformers import PreTrainedModel, TrainerCallback
 
 from llmkit.evaluation.hellaswag import Question, score_hellaswag
+from llmkit.runs.run import LOG, read_log
+from llmkit.training.stopping import EvaluationStopped, StopOnRequest
 
 # A parameter's kind is told by its name, from `transformer.` on.
 KINDS = {
@@ -68,13 +73,15 @@ def _cpus() -> int:
 class HellaSwagInTraining(TrainerCallback):
     """Scores the model at each `every`-th step, right after the step was logged, so that no speed counts the time.
 
-    All ranks share the questions. The scoring draws no random numbers.
+    All ranks share the questions. The scoring draws no random numbers. A run that is asked to stop leaves it, and
+    makes up for it when it goes on.
 
     Args:
         questions: the encoded questions.
         every: steps, a multiple of `logging_steps`.
         batch_size: questions that a rank scores at once.
         log: `trainer.log`.
+        stop: what tells whether the run is to stop.
     """
 
     def __init__(
@@ -84,14 +91,35 @@ class HellaSwagInTraining(TrainerCallback):
         batch_size: int,
         accelerator: Accelerator,
         log: Callable[[dict[str, float]], None],
+        stop: StopOnRequest,
     ):
         self.questions, self.every, self.batch_size = questions, every, batch_size
-        self.accelerator, self.log = accelerator, log
+        self.accelerator, self.log, self.stop = accelerator, log, stop
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        step, log = state.global_step, Path(args.output_dir) / LOG
+        missing = [step and step % self.every == 0 and log.exists() and not _is_scored(log, step)]
+        if broadcast_object_list(missing)[0]:
+            self._score(args, control, kwargs["model"])
 
     def on_log(self, args, state, control, **kwargs):
         if "loss" in kwargs["logs"] and state.global_step % self.every == 0:
+            self._score(args, control, kwargs["model"])
+
+    def _score(self, args, control, model: PreTrainedModel) -> None:
+        leave = partial(self.stop.leave_evaluation, args)
+        try:
             with self.accelerator.autocast():
-                self.log(score_hellaswag(kwargs["model"], self.questions, self.batch_size, self.accelerator))
+                found = score_hellaswag(model, self.questions, self.batch_size, self.accelerator, leave)
+        except EvaluationStopped:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        else:
+            self.log(found)
+
+
+def _is_scored(log: Path, step: int) -> bool:
+    return any(record["step"] == step and "hellaswag/questions" in record for record in read_log(log))
 
 
 class ParameterMonitor(TrainerCallback):

@@ -117,9 +117,8 @@ class PretrainTrainer(ExactTrainer):
             rows = load_hellaswag(args.hellaswag_file)[: args.hellaswag_questions]
             questions = encode_hellaswag(rows, processing_class, model.config.n_positions)
             batch_size = max(1, args.per_device_eval_batch_size // len(rows[0]["endings"]))
-            self.add_callback(
-                HellaSwagInTraining(questions, args.hellaswag_steps, batch_size, self.accelerator, self.log)
-            )
+            every, stop = args.hellaswag_steps, self.stop_on_request
+            self.add_callback(HellaSwagInTraining(questions, every, batch_size, self.accelerator, self.log, stop))
 
     def take_folder(self, resume_from: str | None, fingerprint: str) -> None:
         """Also has the first rank of each node read its shards once and compare their checksums."""

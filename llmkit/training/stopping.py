@@ -22,6 +22,7 @@ from transformers import TrainerCallback
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SAME_REQUEST = 2.0  # seconds: a terminal and Slurm signal the whole group, and the launcher passes on what it got
 WATCH = 1.0  # seconds between two looks at the launcher
+CLEANING_UP = 5.0  # seconds that a process which does not train has to end by itself
 
 
 class _Requests:
@@ -47,7 +48,7 @@ def listen() -> None:
     # Python's handlers run when the main thread is next at it; a thread that reads the numbers need not wait for that.
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
-    threading.Thread(target=_watch, args=(reader, _launcher(), os.getpid()), daemon=True).start()
+    threading.Thread(target=_watch, args=(reader, launcher_of_this(), os.getpid()), daemon=True).start()
 
 
 def _receive(number: int, frame) -> None:
@@ -64,7 +65,12 @@ def _ask(reason: str) -> None:
             os.write(2, f"\n{reason}: {what}; once more ends at once\n".encode())  # print is not for handlers
 
 
-def _launcher() -> int | None:
+def is_listening() -> bool:
+    """Whether this process is a program of llmkit's own; of somebody else's it is so during the training alone."""
+    return _Requests.listening
+
+
+def launcher_of_this() -> int | None:
     """The process that started this one, if it is accelerate's or torch's launcher: a shell may well end before."""
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
         return os.getppid()
@@ -72,7 +78,12 @@ def _launcher() -> int | None:
 
 
 def _watch(reader: int, launcher: int | None, process: int) -> None:
-    """The thread's loop: end at a second signal, and ask for the end where the launcher is gone."""
+    """The thread's loop: end at a second signal, and ask for the end where the launcher is gone.
+
+    Also end where the main thread does not come to its handler, which it does not within a library's long call, such
+    as the training of a tokenizer.
+    """
+    ending: tuple[float, int] | None = None  # since when, and by which signal
     gone = launcher == 1 and not any("accelerate" in word or "torch" in word for word in psutil.Process(1).cmdline())
     while True:
         if select.select([reader], [], [], WATCH)[0]:
@@ -83,12 +94,17 @@ def _watch(reader: int, launcher: int | None, process: int) -> None:
                 _Requests.first = now if _Requests.first is None else _Requests.first
                 if now - _Requests.first > SAME_REQUEST:
                     os._exit(128 + number)
+                if not _Requests.training:
+                    ending = (now, number)
         elif launcher is not None and (gone or os.getppid() != launcher):
             launcher = None
             if _Requests.training:
                 _ask("the launcher has ended")
             else:
                 os.kill(process, signal.SIGTERM)
+        is_late = ending is not None and time.monotonic() - ending[0] > CLEANING_UP
+        if ending is not None and is_late and _Requests.listening and not _Requests.training:
+            os._exit(128 + ending[1])
 
 
 def leave_signals_to_the_run(worker_id: int) -> None:
@@ -117,7 +133,7 @@ def keep_workers(loader: DataLoader) -> DataLoader:
 
 
 class EvaluationStopped(Exception):
-    """Raised on all ranks at the same batch of an evaluation."""
+    """Raised on all ranks at the same batch of an evaluation, or of HellaSwag's questions."""
 
 
 class StopOnRequest(TrainerCallback):
@@ -165,9 +181,36 @@ class StopOnRequest(TrainerCallback):
             control.should_training_stop = True
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        # Where the best evaluation decides what is saved, leaving it would save nothing.
-        if _Requests.training and args.save_strategy != "best" and self.agreed(args):
+        self.leave_evaluation(args)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        # After the samples, which the first rank makes alone and has left if it was asked to stop.
+        if self._may_leave(args) and self.agreed(args):
+            control.should_save = control.should_training_stop = True
+
+    def leave_evaluation(self, args) -> None:
+        """All ranks call it at the same time, between two batches.
+
+        Raises:
+            EvaluationStopped: on all ranks, if one of them was asked to stop.
+        """
+        if self._may_leave(args) and self.agreed(args):
             raise EvaluationStopped
+
+    def leave_samples(self, args, together: bool) -> bool:
+        """Whether to leave samples that are under way.
+
+        Args:
+            together: all ranks sample, and ask at the same time; else the first one alone does.
+        """
+        if not self._may_leave(args):
+            return False
+        return self.agreed(args) if together else _Requests.reason is not None
+
+    @staticmethod
+    def _may_leave(args) -> bool:
+        # Where the best evaluation decides what is saved, leaving it would save nothing.
+        return _Requests.training and args.save_strategy != "best"
 
 
 def end_of_training() -> None:
