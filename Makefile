@@ -3,7 +3,8 @@
 # make lint    check style and types
 # make bench   measure training, fine-tuning and data beside what else there is: 20 minutes on 2 CPU cores
 # make docs    bring docs/ up to date with the code: its line numbers, and the reference of all keys
-# make chaos   kill runs 200 times and compare what comes out: half an hour or more on 2 CPU cores
+# make chaos   kill runs 200 times, damage files, fill disks, send signals, change ranks; compare what comes out:
+#              a quarter of an hour on 2 CPU cores
 # make install only set up .venv, which the others do as well
 
 PYTHON ?= python3
@@ -53,3 +54,6 @@ bench: install
 
 chaos: install
 	$(BIN)/python tests/chaos/chaos.py --kills 200
+	$(BIN)/python tests/chaos/damage.py
+	$(BIN)/python tests/chaos/signals.py
+	$(BIN)/python tests/chaos/elastic.py

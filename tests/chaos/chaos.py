@@ -1,10 +1,12 @@
-"""SIGKILL at random instants: `make chaos` prints what was tried, what survived and what ended bit for bit the same.
+"""SIGKILL at random instants: prints what was tried, what survived, and what ended bit for bit the same.
 
     python tests/chaos/chaos.py --kills 200
 
-Each trial is a run of a small model in a child that is forked from this process, so that imports are paid once. It is
-killed with SIGKILL after a random time, resumed with `latest` and killed again, until it ends by itself. A third of
-the kills come in the middle of a save, weighted by where in it. Then weights, optimizer, and every logged loss are
+Each trial is a run of a small model that prepares its data, trains, evaluates, samples and saves. It is killed,
+started again with `latest`, killed again, and so on, until it is let go to its end. Half of the kills come at a random
+time, the other half at a random file that the run opens, renames or removes, or a few milliseconds later: that is
+where preparation and saves are. Of two ranks, one or both are killed; the other one has to end as well, by itself or
+told to by SIGTERM, as launchers do it. Then the shards, the weights, the optimizer's state and everything logged are
 compared with those of a run that nobody killed.
 """
 
@@ -13,150 +15,152 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from forked import FINISHED, KINDS, Kind, in_child, make_sources, outcome, prepare, same, start, train, wait
 
 from llmkit import files
-from llmkit.data.corpus import open_corpus
-from llmkit.data.manifest import load_manifest
-from llmkit.data.shards import prepare_shards
-from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer
-from llmkit.training import checkpoints
-from llmkit.training.checkpoints import checkpoint_to_resume
-from small_run import BLOCK, trainer
 
-STEPS = 8
-HOW = {"save_strategy": "steps", "save_steps": 2, "max_steps": STEPS, "per_device_train_batch_size": 4}
-HOW |= {"save_total_limit": 2, "eval_strategy": "steps", "eval_steps": 4}
-KINDS = {
-    "adamw": {},
-    "muon": {"optim": "muon"},
-    "ramp": {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 16 * BLOCK},
-}
-FINISHED, FAILED = 0, 3
+EVENTS = ("open", "os.rename", "os.remove", "os.mkdir", "os.truncate", "shutil.rmtree")  # Python's audit events
+COLUMNS = ("kills", "preparing", "training", "saving", "runs", "survived", "identical")
 
 
-def make_data(folder: Path) -> None:
-    """Shards of a little text, and their tokenizer. In a child: its threads would be missing after a fork."""
-    for number in range(40):
-        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}\n" for n in range(30)))
-    corpus = open_corpus([str(folder / "*.txt")])
-    tokenizer = train_bpe_tokenizer(corpus.documents(), 300)
-    prepare_shards(corpus, tokenizer, folder / "shards", validation_fraction=0.1)
-    tokenizer.save_pretrained(folder / "tokenizer")
+def count_files(folder: Path, at: int, then) -> list[int]:
+    """Call `then` at the file event of that number within a folder. Returns the running count."""
+    seen = [0]
+
+    def hook(event: str, args: tuple) -> None:
+        if event in EVENTS and isinstance(args[0], (str, Path)) and str(args[0]).startswith(str(folder)):
+            seen[0] += 1
+            if seen[0] == at:
+                then()
+
+    sys.addaudithook(hook)
+    return seen
 
 
-def train(data: Path, folder: Path, kind: str, kill_at_write: int | None = None) -> None:
-    """Start or go on, as a job does that always says `latest`.
+def count_then_write(kind: Kind, sources: Path, folder: Path, place: Path) -> None:
+    """A whole run, with the number of its file events in a file."""
+    seen, prepared = count_files(folder, -1, None), 0
+    if not kind.fine_tuning:
+        prepare(sources, folder)
+        prepared = seen[0]
+    train(kind, sources, folder)
+    place.write_text(json.dumps([prepared, seen[0]]))
 
-    Args:
-        kill_at_write: end by SIGKILL before this file of the run's saves reaches the disk, counted over the start.
+
+def kill_later(seconds: float, together: bool) -> None:
+    def kill() -> None:
+        time.sleep(seconds)
+        os.killpg(0, signal.SIGKILL) if together else os.kill(os.getpid(), signal.SIGKILL)
+
+    if seconds:
+        threading.Thread(target=kill, daemon=True).start()
+    else:
+        kill()
+
+
+class Trials:
+    """Runs of one kind, and how they came out.
+
+    Attributes:
+        row: the counts of the table.
+        longest: seconds from a rank's death to the end of the other.
     """
-    if kill_at_write is not None:
-        left = [kill_at_write]
 
-        def counting(call):
-            def counted(*args):
-                left[0] -= 1
-                if left[0] < 0:
-                    os.kill(os.getpid(), 9)
-                return call(*args)
+    def __init__(self, kind: Kind, sources: Path, folder: Path, rng: random.Random):
+        self.kind, self.sources, self.folder, self.rng = kind, sources, folder, rng
+        self.row, self.longest = Counter(), 0.0
+        whole, count = folder / f"whole {kind}", folder / "count"
+        began = time.perf_counter()
+        counted = partial(count_then_write, kind, sources, whole, count)
+        ending = wait(self._start(whole, lambda rank: train(kind, sources, whole) if rank else counted()))
+        assert ending.finished, (whole / "out").read_text()
+        self.seconds, (self.prepared, self.events) = time.perf_counter() - began, json.loads(count.read_text())
+        self.expected = outcome(kind, whole)
 
-            return counted
+    def _start(self, place: Path, work) -> list[int]:
+        place.mkdir(exist_ok=True)
+        return start(work, self.kind.ranks, place / "out")
 
-        checkpoints.sync = counting(files.sync)
-        checkpoints.write_whole = counting(files.write_whole)
-    parts = load_manifest(data / "shards"), load_tokenizer(str(data / "tokenizer"))
-    run = trainer(parts, folder, **HOW, **KINDS[kind], resume_from_checkpoint="latest")
-    run.train(resume_from_checkpoint=checkpoint_to_resume(run.args))
+    def trial(self, kills: int) -> None:
+        """One run, started again until `kills` kills have hit it or it ends before them."""
+        place = self.folder / "trial"
+        self.row["runs"] += 1
+        for _ in range(kills):
+            ending = self._attempt(place)
+            self.longest = max(self.longest, ending.alone)
+            if ending.failed:
+                self._report(place, f"a start failed: {ending}")
+                break
+            if not ending.killed:
+                break
+            self.row["kills"] += 1
+            self.row[_phase(self.kind, place)] += 1
+        ending = wait(self._start(place, lambda rank: train(self.kind, self.sources, place)))
+        self.row["survived"] += ending.finished
+        identical = ending.finished and same(outcome(self.kind, place), self.expected)
+        self.row["identical"] += identical
+        if not identical:
+            self._report(place, f"the last start: {ending}")
+        shutil.rmtree(place)
+
+    def _attempt(self, place: Path):
+        """A start that is to be killed, at a random time or at a random file event of a random rank."""
+        by_time, together = self.rng.random() < 0.5, self.rng.random() < 0.3
+        victim = self.rng.randrange(self.kind.ranks)
+        if by_time:
+            group = self._start(place, lambda rank: train(self.kind, self.sources, place))
+            time.sleep(self.rng.uniform(0, self.seconds))
+            os.killpg(group[0], signal.SIGKILL) if together else os.kill(group[victim], signal.SIGKILL)
+            return wait(group)
+        is_new = not (place / "data" / "manifest.json").exists() and self.prepared
+        at = self.rng.randint(1, self.prepared if is_new and self.rng.random() < 0.7 else self.events)
+        after = self.rng.choice((0, self.rng.uniform(0, 0.02)))
+
+        def work(rank: int) -> None:
+            if rank == victim:
+                count_files(place, at, partial(kill_later, after, together))
+            train(self.kind, self.sources, place)
+
+        return wait(self._start(place, work))
+
+    def _report(self, place: Path, what: str) -> None:
+        print(f"{self.kind}, run {self.row['runs']}: {what}\n{(place / 'out').read_text()[-3000:]}", flush=True)
 
 
-def in_child(work, kill_after: float | None) -> tuple[bool, bool]:
-    """Run in a forked child. Returns whether it was killed, and whether it failed by itself."""
-    child = os.fork()
-    if child == 0:
-        with open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-            os.dup2(nowhere.fileno(), 2)
-        try:
-            work()
-        except BaseException:
-            os._exit(FAILED)
-        os._exit(FINISHED)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, 9)
-    _, status = os.waitpid(child, 0)
-    return os.WIFSIGNALED(status), os.WIFEXITED(status) and os.WEXITSTATUS(status) == FAILED
+def _phase(kind: Kind, place: Path) -> str:
+    """What a killed run was at, by what it left."""
+    if not kind.fine_tuning and not (place / "data" / "manifest.json").exists():
+        return "preparing"
+    return "saving" if (place / "run" / ".saving").exists() else "training"
 
 
-def outcome(folder: Path) -> tuple:
-    """What a run has come to: weights, the optimizer's state, and what was logged at each step."""
-    last = folder / f"checkpoint-{STEPS}"
-    state = torch.load(last / "optimizer.pt", weights_only=True)["state"]
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    logged = {
-        (record["step"], key): record[key] for record in records for key in ("loss", "eval_loss") if key in record
-    }
-    return load_file(last / "model.safetensors"), state, logged
-
-
-def same(found: tuple, expected: tuple) -> bool:
-    weights = all(torch.equal(found[0][name], weight) for name, weight in expected[0].items())
-    moments = all(
-        torch.equal(torch.as_tensor(found[1][key][name]), torch.as_tensor(value))
-        for key, values in expected[1].items()
-        for name, value in values.items()
-    )
-    return weights and moments and found[2] == expected[2]
-
-
-def chaos(folder: Path, kills: int, seed: int, kinds=tuple(KINDS)) -> dict[str, Counter]:
-    """Kill runs of each kind until `kills` kills have hit. Returns the table's rows."""
-    rng, rows, expected, seconds = random.Random(seed), {}, {}, {}
-    assert in_child(partial(make_data, folder), None) == (False, False)
-    for kind in kinds:
-        start = time.perf_counter()
-        ended = in_child(partial(train, folder, folder / f"whole_{kind}", kind), None)
-        assert ended == (False, False), "a run that nobody killed did not end by itself"
-        seconds[kind] = time.perf_counter() - start
-        expected[kind] = outcome(folder / f"whole_{kind}")
-        rows[kind] = Counter()
-    trial = 0
-    while sum(row["kills"] for row in rows.values()) < kills:
-        trial += 1
-        kind = kinds[trial % len(kinds)]
-        row, run = rows[kind], folder / f"trial_{trial}"
-        row["runs"] += 1
-        for _ in range(rng.choice((1, 1, 2))):
-            within_save = rng.random() < 1 / 3
-            count = rng.randrange(40) if within_save else None
-            after = None if within_save else rng.uniform(0, seconds[kind])
-            killed, failed = in_child(partial(train, folder, run, kind, count), after)
-            row["kills"] += killed
-            row["failed"] += failed
-        _, failed = in_child(partial(train, folder, run, kind), None)
-        row["survived"] += not failed
-        row["bit-identical"] += not failed and same(outcome(run), expected[kind])
-        shutil.rmtree(run, ignore_errors=True)
+def chaos(folder: Path, kills: int, seed: int, kinds: list[Kind]) -> list[Trials]:
+    """Kill runs of each kind in turn until `kills` kills have hit."""
+    rng = random.Random(seed)
+    sources = folder / "sources"
+    sources.mkdir()
+    assert in_child(partial(make_sources, sources)).statuses.popitem()[1] == FINISHED
+    rows = [Trials(kind, sources, folder, rng) for kind in kinds]
+    while (hit := sum(row.row["kills"] for row in rows)) < kills:
+        min(rows, key=lambda row: row.row["kills"]).trial(min(rng.randint(1, 5), kills - hit))
     return rows
 
 
-def table(rows: dict[str, Counter]) -> str:
-    columns = ("kills", "runs", "survived", "bit-identical")
-    total = sum(rows.values(), Counter())
-    lines = [f"{'':>8}" + "".join(f"{column:>15}" for column in columns)]
-    for name, row in [*rows.items(), ("all", total)]:
-        lines.append(f"{name:>8}" + "".join(f"{row[column]:>15}" for column in columns))
+def table(rows: list[Trials]) -> str:
+    total = sum((row.row for row in rows), Counter())
+    lines = [f"{'':<32}" + "".join(f"{column:>11}" for column in COLUMNS)]
+    for name, row in [*((str(row.kind), row.row) for row in rows), ("all", total)]:
+        lines.append(f"{name:<32}" + "".join(f"{row[column]:>11}" for column in COLUMNS))
     return "\n".join(lines)
 
 
@@ -164,13 +168,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", type=int, nargs="*", help="numbers of kinds, from 0; all by default")
     options = parser.parse_args()
     torch.set_num_threads(1)  # threads do not survive a fork
     files.PATIENCE = 10.0
+    kinds = KINDS if options.kinds is None else [KINDS[number] for number in options.kinds]
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        rows = chaos(Path(folder), options.kills, options.seed)
+        rows = chaos(Path(folder), options.kills, options.seed, kinds)
     print(table(rows))
-    sys.exit(any(row["bit-identical"] != row["runs"] for row in rows.values()))
+    alone = max(row.longest for row in rows)
+    print(f"{time.perf_counter() - began:.0f} s; a rank whose other was killed ended after at most {alone:.1f} s")
+    total = sum((row.row for row in rows), Counter())
+    sys.exit(any(total[column] != total["runs"] for column in ("survived", "identical")))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,13 @@
 """A fine-tuning run is resumed as the run that it was."""
 
-from functools import partial
-
 import pytest
-import torch
-from transformers import GPT2Config, GPT2LMHeadModel, set_seed
+from transformers import set_seed
 
-from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.errors import UserError
-from llmkit.finetuning.adapters import AdapterArguments, load_base_model, load_chat_tokenizer
-from llmkit.finetuning.arguments import SFTArguments
-from llmkit.finetuning.conversations import Conversations, encode_all
-from llmkit.finetuning.sft_trainer import ConversationTrainer
 from llmkit.training.budget import fix_length
 from small_run import losses
+from small_sft import make_base, parts, trainer
 
-CHATS = [
-    [{"role": "user", "content": f"{n} times 2?"}, {"role": "assistant", "content": f"{2 * n}, that is."}]
-    for n in range(16)
-]
 BATCH = "per_device_train_batch_size x gradient_accumulation_steps x ranks"
 
 
@@ -26,32 +15,7 @@ BATCH = "per_device_train_batch_size x gradient_accumulation_steps x ranks"
 def bases(tmp_path_factory) -> list[str]:
     """Two bases that differ in their weights alone."""
     folder = tmp_path_factory.mktemp("bases")
-    tokenizer = train_bpe_tokenizer(["### Human: 1 times 2?\n### Assistant: 2, that is."], 300)
-    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 1, "n_head": 2, "eos_token_id": tokenizer.eos_token_id}
-    for seed in (1, 2):
-        set_seed(seed)
-        GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / str(seed))
-        tokenizer.save_pretrained(folder / str(seed))
-    return [str(folder / "1"), str(folder / "2")]
-
-
-def trainer(base: str, output_dir, lora: dict | None = None, **given) -> ConversationTrainer:
-    make, model, args = parts(base, output_dir, lora, **given)
-    return make(model, args)
-
-
-def parts(base: str, output_dir, lora: dict | None = None, **given):
-    """What makes the trainer, of a model and arguments, and these two."""
-    adapter = AdapterArguments(model=base, **{"lora_r": 4, "lora_alpha": 8, "quantization": "none", **(lora or {})})
-    how = {"max_length": 48, "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "save_steps": 2}
-    how |= {"logging_steps": 1, "report_to": "none", "bf16": False, "eval_on_start": False}
-    args = SFTArguments(output_dir=str(output_dir), use_cpu=True, **{**how, **given})
-    tokenizer = load_chat_tokenizer(adapter)
-    rows = encode_all(Conversations("chats", CHATS), tokenizer)
-    model = load_base_model(adapter, args.compute_dtype, torch.device("cpu"))
-    config = adapter.lora_config(model)
-    how = {"lora_config": config, "train_rows": rows, "eval_rows": rows.select(range(4)), "tokenizer": tokenizer}
-    return partial(ConversationTrainer, **how, description="chats", source=(adapter,)), model, args
+    return [make_base(folder / str(seed), seed) for seed in (1, 2)]
 
 
 @pytest.fixture(scope="module")
