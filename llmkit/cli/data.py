@@ -70,7 +70,7 @@ def add_commands(nouns) -> None:
     )
     prepare.add_argument("--shard_tokens", type=int, help="The number of tokens of a shard (default: 100,000,000).")
     tasks = prepare.add_argument_group(
-        "several tasks or machines", "These need datatrove: pip install 'llmkit[scale]'. See docs/scale.md."
+        "several tasks or machines", "These need datatrove: pip install 'llmkit[scale]'. See docs/data.md."
     )
     tasks.add_argument(
         "--executor", choices=("local", "slurm", "ray"), help="Divide the work into tasks, and say where they run."

@@ -5,7 +5,9 @@ same paths.
 """
 
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from datatrove.executor.ray import RayPipelineExecutor
 from datatrove.executor.slurm import SlurmPipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger
+from multiprocess import process
 
 from llmkit.console import say
 from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
@@ -68,6 +71,34 @@ def _logged_in_one_line() -> Iterator[None]:
         logger.error(str(error))
         logger.disable("datatrove.executor")
         raise
+
+
+@contextmanager
+def _killed_workers_noticed(directory: Path) -> Iterator[None]:
+    """Stop where the system has killed a local worker, as for memory: its pool would wait for the task for ever."""
+    ended, killed = threading.Event(), threading.Event()
+
+    def watch() -> None:
+        workers = set()
+        while not ended.wait(0.5):
+            workers |= set(process.active_children())
+            if any(worker.exitcode == -signal.SIGKILL for worker in workers):
+                killed.set()
+                os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread, which waits for the pool
+                return
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not killed.is_set():
+            raise
+        raise UserError(
+            f"{directory}: a worker was killed, perhaps because the memory was full: give fewer --workers, and the "
+            "command goes on with the tasks that have not finished"
+        ) from None
+    finally:
+        ended.set()
 
 
 def prepare_in_tasks(
@@ -125,7 +156,8 @@ def prepare_in_tasks(
         ray.init(ignore_reinit_error=True)  # the cluster of RAY_ADDRESS, or this machine
         run = RayPipelineExecutor([PreparePart(parts)], workers=workers or -1, cpus_per_task=num_workers, **how)
     try:
-        run.run()
+        with _killed_workers_noticed(directory):
+            run.run()
     finally:
         logger.enable("datatrove.executor")
     if failed := run.get_incomplete_ranks():

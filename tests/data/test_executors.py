@@ -1,6 +1,7 @@
 """`llmkit shards prepare --executor`: datatrove runs the tasks, here, on a stub of Slurm, and on Ray."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,28 @@ def test_a_task_that_failed_is_run_again_alone(texts, tmp_path, monkeypatch):
     assert not list(Path("mine").glob("*.bin")) and Path("mine/parts/00000/part.json").exists()
     prepare("mine", *local)
     assert attempts == [0, 1, 1, 2]
+    assert shards_of("mine") == of_one_process(tmp_path / "expected")
+
+
+class KilledOnce(Parts):
+    """Parts of which one task is killed, as by a system without memory."""
+
+    def prepare(self, task):
+        mark = self.directory.parent / "killed"
+        if task == 1 and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().prepare(task)
+
+
+@pytest.mark.slow
+def test_a_worker_that_was_killed_is_noticed_and_its_task_run_again(texts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("llmkit.data.executors.Parts", KilledOnce)
+    local = ["--executor", "local", "--tasks", str(TASKS), "--workers", "2"]
+    with pytest.raises(SystemExit):
+        prepare("mine", *local)
+    assert "a worker was killed" in capsys.readouterr().err.splitlines()[-1]
+    prepare("mine", *local)
     assert shards_of("mine") == of_one_process(tmp_path / "expected")
 
 
