@@ -26,6 +26,8 @@ PLANNED = [
     ("pretrain_gpt2_355m", "H100 HBM3", 8),
     ("pretrain_gpt2_774m", "H100 HBM3", 8),
     ("pretrain_gpt2_1558m", "H100 HBM3", 8),
+    ("pretrain_slimpajama", "H100 HBM3", 8),
+    ("pretrain_mixture", "H100 HBM3", 8),
     ("pretrain_gpt3_125m", "H100 HBM3", 8),
     ("sft_qlora", "RTX 4090", 1),
 ]

@@ -166,5 +166,6 @@ def _as_argv(key, value) -> list[str]:
     if isinstance(value, dict):
         return [f"--{key}", json.dumps(value)]
     if isinstance(value, list):
-        return [f"--{key}", *map(str, value)] if value else []
+        items = [json.dumps(item) if isinstance(item, dict) else str(item) for item in value]
+        return [f"--{key}", *items] if items else []
     return [f"--{key}={value}"]

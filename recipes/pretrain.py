@@ -23,8 +23,7 @@ def main():
 
     from transformers.utils.logging import disable_progress_bar
 
-    from llmkit.data.prepare import prepare_pretraining_data
-    from llmkit.data.windows import TokenWindows
+    from llmkit.data.prepare import prepare_windows
     from llmkit.machine import set_up
     from llmkit.sharing.hub import check_push
     from llmkit.training.budget import fix_length
@@ -42,9 +41,7 @@ def main():
     check_push(args)
 
     # Text -> tokenizer -> token shards, where they are not there yet. Of several ranks one works, the others wait.
-    tokenizer, manifest = prepare_pretraining_data(data_args)
-    train_windows = TokenWindows(manifest, "train", block_size)
-    validation_windows = TokenWindows(manifest, "validation", block_size)
+    tokenizer, train_windows, validation_windows = prepare_windows(data_args, block_size)
     args.sample_prompts = args.sample_prompts or validation_windows.beginnings(tokenizer)
 
     # The model: the same weights on every rank, whatever happened before.

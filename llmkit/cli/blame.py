@@ -17,10 +17,9 @@ def add_commands(nouns) -> None:
 
 def _blame(args: argparse.Namespace) -> None:
     from llmkit.data.lookup import documents_of
-    from llmkit.data.manifest import load_manifest
+    from llmkit.data.mixture import windows_of_record
     from llmkit.data.prepare import TOKENIZER
     from llmkit.data.tokenizer import load_tokenizer
-    from llmkit.data.windows import TokenWindows, WindowBatchSampler
     from llmkit.runs.run import load_run
     from llmkit.training.batch_ramp import Batches
 
@@ -30,11 +29,8 @@ def _blame(args: argparse.Namespace) -> None:
     if not 1 <= args.step <= record["steps"]:
         raise UserError(f"step={args.step}: the run has steps 1 to {record['steps']:,}")
     settings = record["defaults"] | record["arguments"]
-    manifest = load_manifest(record["data"]["directory"])
-    if manifest.fingerprint != record["data"]["fingerprint"]:
-        raise UserError(f"{manifest.directory} holds other tokens than those of the run: find the run's own shards")
     block_size, ranks = record["data"]["block_size"], record["machine"]["ranks"]
-    windows = TokenWindows(manifest, "train", block_size)
+    windows = windows_of_record(record["data"], "train", block_size)
     batches = Batches(
         full_steps=settings["max_steps"],
         full=settings["total_batch_tokens"] // block_size,
@@ -43,14 +39,13 @@ def _blame(args: argparse.Namespace) -> None:
         ramp=(settings["batch_ramp_tokens"] or 0) // block_size,
     )
     seed = settings["seed"] if settings["data_seed"] is None else settings["data_seed"]
-    sampler = WindowBatchSampler(len(windows), batches, seed)
-    assert manifest.directory is not None, "read from there"
-    own = manifest.directory / TOKENIZER  # of shards that brought their own
+    sampler = windows.sampler(batches, seed)
+    own = Path(record["data"]["directory"] or "") / TOKENIZER  # of shards that brought their own
     tokenizer = load_tokenizer(str(own if own.is_dir() else _saved(Path(args.run))))
     for number, place in enumerate(batches.places(args.step)):
         micro_batch, rank = divmod(number, ranks)
         for window in sampler.windows(*place):
-            for document in documents_of(windows, window, tokenizer, args.tokens):
+            for document in documents_of(*windows.locate(window), tokenizer, args.tokens):
                 print(f"rank {rank}, micro-batch {micro_batch + 1}, window {window:,}: {document}")
 
 

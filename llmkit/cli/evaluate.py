@@ -134,6 +134,9 @@ def _shards(checkpoint: str, data_dir: str | None):
     with suppress(UserError):  # a checkpoint from elsewhere has no run
         record = load_run(checkpoint).record["data"]
     directory = data_dir or record.get("directory")
+    if directory is None and "sources" in record:
+        folders = ", ".join(source["directory"] for source in record["sources"].values())
+        raise UserError(f"{checkpoint} was trained on several sources: give --data_dir with one of {folders}")
     if directory is None:
         raise UserError(
             f"{checkpoint}: no record of a pretraining run that says what to evaluate on: give --data_dir, "

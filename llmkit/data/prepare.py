@@ -15,9 +15,11 @@ from llmkit.console import say
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import Corpus, open_corpus
 from llmkit.data.files import is_remote
-from llmkit.data.manifest import JOURNAL, MANIFEST, Manifest, load_manifest, write_json
+from llmkit.data.manifest import JOURNAL, MANIFEST, SPLITS, Manifest, load_manifest, write_json
+from llmkit.data.mixture import MixedWindows
 from llmkit.data.shards import prepare_shards
 from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer, train_character_tokenizer
+from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 
 # A vocabulary of 50k is settled by a few hundred megabytes; more text costs time and changes little.
@@ -37,6 +39,8 @@ def prepare_pretraining_data(args: DataArguments, **how: int) -> tuple[PreTraine
     Raises:
         UserError: what `open_corpus`, `load_tokenizer` and `prepare_shards` refuse; or `data_dir` was made otherwise.
     """
+    if args.data is not None:
+        raise UserError("data names several sources: llmkit.data.prepare.prepare_windows prepares them all")
     if args.data_dir and _is_elsewhere(args) and (Path(args.data_dir) / MANIFEST).exists():
         # Prepared earlier, on a machine with a network perhaps: the text itself is not needed any more.
         directory = Path(args.data_dir)
@@ -47,6 +51,30 @@ def prepare_pretraining_data(args: DataArguments, **how: int) -> tuple[PreTraine
         split = {"validation_fraction": args.validation_fraction, "validation_split": args.validation_split}
         manifest = prepare_shards(corpus, tokenizer, directory, **split, **how)
     return tokenizer, manifest
+
+
+def prepare_windows(
+    args: DataArguments, block_size: int
+) -> tuple[PreTrainedTokenizerBase, TokenWindows | MixedWindows, TokenWindows | MixedWindows]:
+    """`prepare_pretraining_data` for each source; the tokenizer, the windows to train on, and those for validation.
+
+    Raises:
+        UserError: what `prepare_pretraining_data`, `TokenWindows` and `MixedWindows` refuse.
+    """
+    sources = args.sources()
+    if not sources:
+        tokenizer, manifest = prepare_pretraining_data(args)
+        train, validation = (TokenWindows(manifest, split, block_size) for split in SPLITS)
+        return tokenizer, train, validation
+    prepared = {source.name: prepare_pretraining_data(source.args) for source in sources}
+    manifests = {name: manifest for name, (_, manifest) in prepared.items()}
+    tokenizer, _ = prepared[sources[0].name]
+    weights = {source.name: source.weights for source in sources}
+    train, validation = (
+        MixedWindows({name: TokenWindows(made, split, block_size) for name, made in manifests.items()}, weights)
+        for split in SPLITS
+    )
+    return tokenizer, train, validation
 
 
 @contextmanager

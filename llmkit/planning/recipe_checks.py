@@ -52,15 +52,15 @@ def _named(kind: RecipeKind, recipe: tuple) -> Iterator[tuple[str, str, str]]:
         named = (("dataset", data.dataset_name, "dataset"), ("model", model.model, "model"))
         named += (("adapter", getattr(model, "adapter", None), "model"),)  # preference tuning's
     else:
-        dataset = None if _is_prepared(data) else data.dataset_name
+        sources = [source.args for source in data.sources()] or [data]
+        named = tuple(("dataset", source.dataset_name, "dataset") for source in sources if not _is_prepared(source))
         tokenizer = None if data.tokenizer in ("bpe", "character") else data.tokenizer
-        named = (("dataset", dataset, "dataset"), ("tokenizer", tokenizer, "model"))
-        named += (("model", model.init_from, "model"),)
+        named += (("tokenizer", tokenizer, "model"), ("model", model.init_from, "model"))
     return ((what, name, repo_type) for what, name, repo_type in named if name is not None)
 
 
-def _is_prepared(data: DataArguments) -> bool:
-    return data.data_dir is not None and (Path(data.data_dir) / MANIFEST).exists()
+def _is_prepared(source: DataArguments) -> bool:
+    return source.data_dir is not None and (Path(source.data_dir) / MANIFEST).exists()
 
 
 def _on_hub(what: str, name: str, repo_type: str) -> Finding:

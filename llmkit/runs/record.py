@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 import llmkit
+from llmkit.data.mixture import MixedWindows
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 from llmkit.files import write_whole
@@ -115,9 +116,9 @@ def command_line(words: Sequence[str] | None = None) -> list[str]:
     return shown
 
 
-def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
+def windows_record(train: TokenWindows | MixedWindows, held_out: TokenWindows | MixedWindows) -> dict:
     """`data` of a run on token shards."""
-    return {
+    record: dict = {
         "description": train.manifest.corpus,
         "directory": str(train.manifest.directory) if train.manifest.directory else None,
         "fingerprint": train.manifest.fingerprint,
@@ -128,6 +129,17 @@ def windows_record(train: TokenWindows, held_out: TokenWindows) -> dict:
         "validation_tokens": held_out.num_tokens,
         "tokens_per_byte": held_out.tokens_per_byte,
     }
+    if isinstance(train, MixedWindows):
+        record["sources"] = {
+            name: {
+                "directory": str(windows.manifest.directory),
+                "fingerprint": windows.manifest.fingerprint,
+                "weights": train.weights[name],
+                "train_tokens": windows.num_tokens,
+            }
+            for name, windows in train.sources.items()
+        }
+    return record
 
 
 def check_resume(checkpoint: str | Path, run: dict) -> None:

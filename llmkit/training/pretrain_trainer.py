@@ -12,6 +12,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 
 from llmkit.data.lookup import documents_of
+from llmkit.data.mixture import MixedWindows, MixtureSampler
 from llmkit.data.windows import TokenWindows, WindowBatchSampler, collate_windows
 from llmkit.errors import UserError
 from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
@@ -40,7 +41,7 @@ class PretrainTrainer(ExactTrainer):
     Args:
         model: the model.
         args: with `max_steps` or `num_train_epochs`; the accumulation is set from `total_batch_tokens`.
-        train_dataset, eval_dataset: windows of one block size.
+        train_dataset, eval_dataset: windows of one block size, of one source or of several.
         processing_class: the tokenizer, saved with each checkpoint.
         source: the dataclasses that say where data and model came from, for the run's record.
 
@@ -50,16 +51,16 @@ class PretrainTrainer(ExactTrainer):
 
     args: PretrainArguments
     model: GPT2LMHeadModel
-    train_dataset: TokenWindows
-    eval_dataset: TokenWindows
+    train_dataset: TokenWindows | MixedWindows
+    eval_dataset: TokenWindows | MixedWindows
     processing_class: transformers.PreTrainedTokenizerBase
 
     def __init__(
         self,
         model: GPT2LMHeadModel,
         args: PretrainArguments,
-        train_dataset: TokenWindows,
-        eval_dataset: TokenWindows,
+        train_dataset: TokenWindows | MixedWindows,
+        eval_dataset: TokenWindows | MixedWindows,
         processing_class: transformers.PreTrainedTokenizerBase,
         source: Sequence = (),
     ):
@@ -80,12 +81,15 @@ class PretrainTrainer(ExactTrainer):
             windows = args.num_train_epochs * len(train_dataset)
             args.max_steps = max(1, round(windows * block_size / args.total_batch_tokens))
         data = windows_record(train_dataset, eval_dataset)
-        record = run_record(PRETRAINING, args, model, data, source, decisive_length(args))
+        decisive = decisive_length(args)
+        if isinstance(train_dataset, MixedWindows):
+            decisive |= {"weights": train_dataset.weights}
+        record = run_record(PRETRAINING, args, model, data, source, decisive)
         # From here on, Trainer's steps: more than the full batches that were asked for where the first are smaller.
         self.full_steps, self.batches = args.max_steps, args.batches(block_size)
         args.max_steps = record["steps"] = self.batches.num_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler = WindowBatchSampler(len(train_dataset), self.batches, seed)
+        self.sampler: WindowBatchSampler | MixtureSampler = train_dataset.sampler(self.batches, seed)
         args.remove_unused_columns = False  # `shift_labels` reaches the model
 
         peak = peak_flops(args.device) if args.bf16 else None
@@ -127,7 +131,7 @@ class PretrainTrainer(ExactTrainer):
             pool.submit(self.sampler.prepare)  # meanwhile
             if self.is_local_process_zero():
                 try:
-                    self.train_dataset.manifest.verify()
+                    self.train_dataset.verify()
                 except UserError as error:
                     problem = str(error)
         if problem := self._first_problem(problem):
@@ -161,18 +165,18 @@ class PretrainTrainer(ExactTrainer):
         documents = [
             document
             for window in self.sampler.windows(start, stop)
-            for document in documents_of(self.train_dataset, window, self.processing_class)
+            for document in documents_of(*self.train_dataset.locate(window), self.processing_class)
         ]
         more = f" and {len(documents) - 3} more documents" if len(documents) > 3 else ""
         return "; ".join(map(str, documents[:3])) + more
 
     def get_eval_dataloader(self, eval_dataset=None) -> DataLoader:
-        dataset: TokenWindows = eval_dataset or self.eval_dataset
+        dataset: TokenWindows | MixedWindows = eval_dataset or self.eval_dataset
         batch_size = self.args.per_device_eval_batch_size
         dataset = dataset.padded_to_multiple_of(batch_size * self.args.world_size)
         return self.accelerator.prepare(self._loader(dataset, batch_size=batch_size))
 
-    def _loader(self, dataset: TokenWindows, **batching) -> DataLoader:
+    def _loader(self, dataset: TokenWindows | MixedWindows, **batching) -> DataLoader:
         return DataLoader(
             dataset,
             collate_fn=collate_windows,
@@ -200,7 +204,7 @@ class PretrainTrainer(ExactTrainer):
         nats = model(**inputs, num_items_in_batch=1, logits_to_keep=1).loss
         return torch.stack([nats, (inputs["shift_labels"] != IGNORE_INDEX).sum()])
 
-    def tokens_per_byte(self, dataset: TokenWindows) -> float:
+    def tokens_per_byte(self, dataset: TokenWindows | MixedWindows) -> float:
         return dataset.tokens_per_byte
 
     # Logging
@@ -213,6 +217,7 @@ class PretrainTrainer(ExactTrainer):
         if "loss" in logs:
             logs |= {"tokens": tokens}
             logs |= self.throughput.measure(self.state.global_step)
+            logs |= self._read_of_each_source(self.state.global_step)
             if self.monitor:
                 logs |= self.monitor.measured(self.state.global_step, logs.get("grad_norm"))
             assert self.optimizer is not None
@@ -220,6 +225,16 @@ class PretrainTrainer(ExactTrainer):
         # Trainer's epoch is the whole run here. Passes over the text are what a reader means.
         self.state.epoch = tokens / self.train_tokens
         super().log(logs, start_time)
+
+    def _read_of_each_source(self, step: int) -> dict[str, float]:
+        """Targets of each source of a mixture when `step` steps were done, and passes over it."""
+        read = {}
+        if isinstance(self.train_dataset, MixedWindows) and isinstance(self.sampler, MixtureSampler):
+            for (name, windows), drawn in zip(
+                self.train_dataset.sources.items(), self.sampler.drawn[step].tolist(), strict=True
+            ):
+                read |= {f"tokens/{name}": drawn * self.block_size, f"epochs/{name}": drawn / len(windows)}
+        return read
 
     @property
     def train_tokens(self) -> int:
@@ -247,13 +262,18 @@ class PretrainTrainer(ExactTrainer):
             "model": f"{config.num_parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
             f"{config.n_embd} wide, {config.n_positions} context, {config.vocab_size:,} tokens",
             "data": f"{data.num_tokens:,} tokens to train on, {self.eval_dataset.num_tokens:,} held out",
+            "sources": ", ".join(
+                f"{key.removeprefix('epochs/')} {epochs:.2f} epochs"
+                for key, epochs in self._read_of_each_source(args.max_steps).items()
+                if key.startswith("epochs/")
+            ),
             "step": step,
             "run": f"{steps} = {tokens:,} tokens = {tokens / self.train_tokens:.2f} epochs",
             "optimizer": args.describe_optimizer(),
             "schedule": schedule,
             "machine": f"{args.world_size} x {device_name(args.device)}, {', '.join(chosen)}",
         }
-        return "\n".join(f"{name:>10}  {text}" for name, text in rows.items())
+        return "\n".join(f"{name:>10}  {text}" for name, text in rows.items() if text)
 
 
 def keep_sums_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:

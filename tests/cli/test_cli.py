@@ -189,16 +189,17 @@ def test_shards_prepare_hands_over_every_flag(text_file, tokenizer, monkeypatch)
 def test_defaults_of_shards_prepare_are_the_recipes():
     """So that shards prepared on a login node are found again by a recipe that says the same."""
     args = vars(cli.parser().parse_args(["shards", "prepare", "--output", "o"]))
-    defaults = {field.name: field.default for field in dataclasses.fields(DataArguments) if field.name != "data_dir"}
+    fields = [field for field in dataclasses.fields(DataArguments) if field.name not in ("data", "data_dir")]
+    defaults = {field.name: field.default for field in fields}
     assert defaults == {name: args[name] for name in defaults}
 
 
 def test_every_field_of_the_data_arguments_is_a_flag_that_reads_its_type():
-    """`data_dir` is `--output` there."""
+    """`data_dir` is `--output` there, and several sources are prepared one after the other."""
     given = {"text_files": ["a", "b"], "dataset_name": "n", "dataset_config": "c", "dataset_split": "s"}
     given |= {"text_column": "t", "streaming": True, "tokenizer": "x", "vocab_size": 300}
     given |= {"validation_fraction": 0.5, "validation_split": "tail"}
-    assert given.keys() == {field.name for field in dataclasses.fields(DataArguments)} - {"data_dir"}
+    assert given.keys() == {field.name for field in dataclasses.fields(DataArguments)} - {"data", "data_dir"}
     argv = ["shards", "prepare", "--output", "o"]
     for name, value in given.items():
         argv += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]

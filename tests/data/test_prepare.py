@@ -73,7 +73,12 @@ def test_prepared_shards_of_a_hub_dataset_need_no_hub(texts):
     "setting",
     [{"vocab_size": 10**9}, {"vocab_size": 256}, {"data_dir": ""}, {"data_dir": "a\0b"}, {"tokenizer": " "}]
     + [{"data_dir": "/proc/shards"}, {"data_dir": "x" * 300}, {"data_dir": "texts/1.txt/shards"}]
-    + [{"data_dir": "texts"}, {"text_files": [""]}, {"text_files": ["texts/none*"]}],
+    + [
+        {"data_dir": "s3://bucket/shards"},
+        {"data_dir": "texts"},
+        {"text_files": [""]},
+        {"text_files": ["texts/none*"]},
+    ],
 )
 def test_settings_that_cannot_be_are_one_line_and_write_nothing(texts, setting):
     before = sorted(Path().rglob("*"))

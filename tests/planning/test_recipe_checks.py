@@ -76,6 +76,16 @@ def test_without_a_network_what_was_downloaded_is_there(tmp_path):
     assert found["dataset"].state == ERROR and "cannot be reached" in found["dataset"].text
 
 
+def test_each_source_of_a_mixture_is_looked_for(tmp_path):
+    recipe = ["--config", str(RECIPES / "pretrain_mixture.yaml"), "--use_cpu", "true"]
+    code = (
+        "from llmkit.recipe_kinds import *; from llmkit.planning.recipe_checks import _named; import sys; "
+        "print([name for what, name, _ in _named(PRETRAIN, parse_recipe(PRETRAIN, sys.argv[1:], ''))])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *recipe], capture_output=True, text=True, cwd=tmp_path)
+    assert eval(done.stdout) == ["HuggingFaceFW/fineweb-edu", "DKYoon/SlimPajama-6B", "openai-community/gpt2"]
+
+
 def test_folders_that_are_here_and_that_are_not(tmp_path):
     recipe = ["--config", str(RECIPES / "dpo_qlora_quickstart.yaml"), "--model", str(tmp_path), "--use_cpu", "true"]
     found = files("DPO", [*recipe, "--adapter", str(tmp_path / "nope")])

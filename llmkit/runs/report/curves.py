@@ -40,8 +40,10 @@ HOW = {
     "Answers that end": ("percent",),
     "Utilization": ("percent",),
 }
-# Families of keys, one line a group of parameters.
+# Families of keys, one line a source of the data, or a group of parameters.
 GROUPS = [
+    ("tokens/", "Tokens read of each source", ("group",)),
+    ("epochs/", "Epochs of each source", ("group",)),
     ("update_ratio/", "Update-to-weight ratio", ("group", "log")),
     ("grad_norm/", "Gradient norm by group", ("group", "log")),
     ("param_norm/", "Parameter norm", ("group", "log")),
