@@ -107,7 +107,10 @@ def _rank_of_agent(work) -> None:
     # A forked rank gets a signal when the launcher dies; one that is a program of its own does not.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, 0)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    launcher = os.getppid()
     work()
+    if os.getppid() != launcher:
+        os._exit(0)  # torch lets a forked rank wait until its launcher has read its result, which here is gone
 
 
 class Trials:
