@@ -88,7 +88,6 @@ def shared_settings(options: argparse.Namespace, work: Path) -> dict:
     return {
         "output_dir": str(work / options.peer.replace(" ", "_")),
         "max_length": options.max_length,
-        "packing": not options.no_packing,
         "per_device_train_batch_size": options.batch_size,
         "gradient_accumulation_steps": options.accumulation,
         "max_steps": options.steps,
@@ -110,21 +109,26 @@ def shared_settings(options: argparse.Namespace, work: Path) -> dict:
 
 def run_llmkit(options: argparse.Namespace, work: Path) -> None:
     ours = {"model": str(work / "base"), "data_files": [str(work / "chats.jsonl")], "eval_on_start": False}
-    _run(RECIPE, work, shared_settings(options, work) | ours)
+    run_script(RECIPE, work, shared_settings(options, work) | ours | {"packing": not options.no_packing})
 
 
 def run_trl(options: argparse.Namespace, work: Path) -> None:
     from trl.scripts import sft
 
-    dtype = "bfloat16" if options.bf16 else "float32"
-    theirs = {"model_name_or_path": str(work / "base"), "dataset_name": str(work / "tokens"), "dtype": dtype}
-    theirs |= {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True, "attn_implementation": "sdpa"}
-    theirs |= {"lora_target_modules": PHI_LINEAR_LAYERS, "use_cpu": not torch.cuda.is_available()}
+    theirs = trl_settings(options, work, work / "tokens") | {"packing": not options.no_packing}
     theirs |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-    _run(Path(sft.__file__), work, shared_settings(options, work) | theirs)
+    run_script(Path(sft.__file__), work, shared_settings(options, work) | theirs)
 
 
-def _run(script: Path, work: Path, settings: dict) -> None:
+def trl_settings(options: argparse.Namespace, work: Path, data: Path) -> dict:
+    """What TRL's scripts are told beside `shared_settings`: the same base in the same 4 bits, the same layers."""
+    dtype = "bfloat16" if options.bf16 else "float32"
+    told = {"model_name_or_path": str(work / "base"), "dataset_name": str(data), "dtype": dtype}
+    told |= {"use_peft": True, "load_in_4bit": True, "use_bnb_nested_quant": True, "attn_implementation": "sdpa"}
+    return told | {"lora_target_modules": PHI_LINEAR_LAYERS, "use_cpu": not torch.cuda.is_available()}
+
+
+def run_script(script: Path, work: Path, settings: dict) -> None:
     config = work / f"{script.stem}_{Path(settings['output_dir']).name}.yaml"
     config.write_text(yaml.safe_dump(settings))
     transformers.trainer.DEFAULT_CALLBACKS.append(Measurement)
@@ -144,22 +148,35 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_shape(parser)
+    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--conversations", type=int, default=1000)
+    parser.add_argument("--no_packing", action="store_true", help="pad: the tokens/s then count the padding")
+    return parse_shape(parser)
+
+
+def add_shape(parser: argparse.ArgumentParser) -> None:
+    """The options of the model, the batch and the rounds."""
     add_options(parser, rounds=3)
     parser.add_argument("--phi2", action="store_true", help="Phi-2's shape: 2.8 billion parameters")
     parser.add_argument("--hidden_size", type=int, default=256, help="of the small Phi, a multiple of 64")
     parser.add_argument("--layers", type=int, default=4, help="of the small Phi")
     parser.add_argument("--vocab_size", type=int, default=51200, help="of the small Phi's head")
     parser.add_argument("--max_length", type=int, default=256)
-    parser.add_argument("--batch_size", type=int, default=4, help="packed rows of a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--batch_size", type=int, default=4, help="rows of a micro-batch")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--conversations", type=int, default=1000)
-    parser.add_argument("--no_packing", action="store_true", help="pad: the tokens/s then count the padding")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward pass")
     parser.add_argument("--work", help=argparse.SUPPRESS)
+
+
+def parse_shape(parser: argparse.ArgumentParser) -> argparse.Namespace:
     options = parser.parse_args()
     options.bf16 = bf16_is_fast("cuda" if torch.cuda.is_available() else "cpu")
     return options
+
+
+def shape_name(options: argparse.Namespace) -> str:
+    return "Phi-2's shape" if options.phi2 else f"a Phi of {options.layers} layers, {options.hidden_size} wide"
 
 
 def main() -> None:
@@ -174,10 +191,10 @@ def main() -> None:
     try:
         prepare(options, work)
         sys.argv += ["--work", str(work)]
-        shape = "Phi-2's shape" if options.phi2 else f"a Phi of {options.layers} layers, {options.hidden_size} wide"
         print(
-            f"{shape}, NF4, LoRA r 16, {options.batch_size} x {options.max_length} tokens x {options.accumulation}, "
-            f"{'bf16' if options.bf16 else 'float32'}, packing {'off' if options.no_packing else 'on'}, "
+            f"{shape_name(options)}, NF4, LoRA r 16, {options.batch_size} x {options.max_length} tokens x "
+            f"{options.accumulation}, {'bf16' if options.bf16 else 'float32'}, "
+            f"packing {'off' if options.no_packing else 'on'}, "
             f"checkpointing {'on' if options.checkpointing else 'off'}; "
             f"{options.rounds} rounds of {options.steps} steps"
         )
