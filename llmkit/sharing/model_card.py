@@ -9,9 +9,9 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
+from transformers import AutoConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from llmkit.model.opening import open_config
 from llmkit.runs.loss_curve import draw_loss
 from llmkit.runs.metrics import METRICS
 from llmkit.runs.run import LOG, PREFERENCE_TUNING, Run, load_run
@@ -134,7 +134,7 @@ def _introduction(folder: Path, adapter: dict, run: Run | None, base: str | None
         if run and run.kind == PREFERENCE_TUNING:
             text += f" {_reference(run, sft_adapter)}"
     else:
-        config = open_config(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         (architecture, *_) = config.architectures or [config.model_type]
         size = "" if hasattr(config, "quantization_config") else f" with {count:,} parameters"
         text = (
