@@ -176,7 +176,7 @@ def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[
         eps=args.adam_epsilon,
         fused=True,
     )
-    sharded = any(isinstance(matrix, DTensor) for matrix in matrices)
+    sharded = is_fully_sharded(args)  # the matrices are sharded after this, within the same groups
     muon = (ShardedMuon if sharded else Muon)(
         [{"params": matrices, "name": MUON}],
         lr=args.muon_learning_rate,

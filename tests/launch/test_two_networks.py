@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +53,7 @@ def start(network: str, node: int, out: Path, *arguments: object) -> subprocess.
     address = ADDRESSES[node]
     environment = {"NODES": 2, "NODE_RANK": node, "HEAD": ADDRESSES[0], "RANKS_PER_NODE": 1, "OMP_NUM_THREADS": 1}
     environment |= {"PET_LOCAL_ADDR": address, "GLOO_SOCKET_IFNAME": "wire"}  # both have the same host name
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where `accelerate` is
     command = ["ip", "netns", "exec", network, "launch/node.sh", "--config_file", "accelerate_configs/multi_cpu.yaml"]
     command += ["recipes/pretrain.py", *map(str, arguments)]
     with out.open("w") as file:
