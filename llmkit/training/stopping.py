@@ -88,8 +88,8 @@ def _watch(reader: int, launcher: int | None, process: int) -> None:
     while True:
         if select.select([reader], [], [], WATCH)[0]:
             for number in os.read(reader, 64):
-                if number not in SIGNALS:
-                    continue
+                if number not in SIGNALS or signal.getsignal(number) is not _receive:
+                    continue  # somebody else's, as the chat's Ctrl-C, which stops an answer
                 now = time.monotonic()
                 _Requests.first = now if _Requests.first is None else _Requests.first
                 if now - _Requests.first > SAME_REQUEST:

@@ -162,11 +162,30 @@ def _signalling(save):
     return save_model
 
 
+IDLE = """
+import signal, sys, time
+from llmkit.training import stopping
+stopping.CLEANING_UP = 0.1
+stopping.listen()
+if sys.argv[1] == "others":
+    signal.signal(signal.SIGUSR1, lambda *args: print("somebody else's", flush=True))
+signal.raise_signal(signal.SIGUSR1)
+time.sleep(2 * stopping.WATCH)
+"""
+
+
+@pytest.mark.slow
 def test_before_and_after_training_a_signal_ends_the_process():
-    stopping.listen()
-    with pytest.raises(SystemExit) as end:
-        signal.raise_signal(signal.SIGUSR1)
-    assert end.value.code == 128 + signal.SIGUSR1
+    """In a process of its own, which such a signal ends even if somebody catches the exit."""
+    done = subprocess.run([sys.executable, "-c", IDLE, "ours"], capture_output=True, timeout=120)
+    assert done.returncode == 128 + signal.SIGUSR1
+
+
+@pytest.mark.slow
+def test_a_signal_that_somebody_else_takes_is_theirs():
+    """As Ctrl-C in a chat, which stops an answer."""
+    done = subprocess.run([sys.executable, "-c", IDLE, "others"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "somebody else's\n"), done.stderr
 
 
 BUSY = """
