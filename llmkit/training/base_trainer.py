@@ -79,7 +79,8 @@ class ExactTrainer(WholeCheckpoints):
             length = args.sample_tokens
             stop = self.stop_on_request
             callbacks.append(Samples(processing_class, prompts, length, context, log, stop, add_special_tokens))
-        super().__init__(model, args=args, processing_class=processing_class, callbacks=callbacks, **others)
+        with lost_ranks_told(args):  # TRL's trainers let ranks wait for each other while they prepare their rows
+            super().__init__(model, args=args, processing_class=processing_class, callbacks=callbacks, **others)
         self.record, self.throughput = record, throughput
         self.evaluated_step = -1
         self.eval_sums: list[torch.Tensor] = []
