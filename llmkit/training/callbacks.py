@@ -107,6 +107,8 @@ class ProgressLine(TrainerCallback):
 
     def on_log(self, args, state: TrainerState, control, **kwargs):
         logs = kwargs["logs"]
+        if "train_runtime" in logs:  # Trainer's last one, which repeats what a trainer has not logged yet
+            return
         shown = [m.said.format(m.write(logs[m.key])) for m in METRICS.values() if m.said and m.key in logs]
         if "loss" in logs and self.bar.disable and (left := self._seconds_left(state)):
             shown.append(f"{tqdm.format_interval(left)} left")

@@ -37,6 +37,14 @@ def test_a_log_file_says_how_long_it_still_takes(data, tmp_path, capsys):
     assert [bool(found) for found in left] == [False, True, True, False], "nothing is known after one step"
 
 
+def test_trainers_last_log_is_no_line(capsys):
+    line, state = ProgressLine(), TrainerState(max_steps=3, global_step=3, is_world_process_zero=True)
+    line.on_train_begin(SimpleNamespace(disable_tqdm=True), state, None)
+    for logs in ({"loss": 1.0}, {"train_runtime": 2.0, "rewards/margins": 0.0}):
+        line.on_log(None, state, None, logs=logs)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+
+
 def test_the_time_left_is_that_of_the_steps_so_far(monkeypatch):
     now = iter([100.0, 130.0])
     monkeypatch.setattr("time.perf_counter", lambda: next(now))
