@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,19 @@ def hellaswag(tmp_path_factory) -> str:
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """Give the process its signals back, which a recipe that has run in it takes for the rest of its life."""
+    yield
+    stopping = sys.modules.get("llmkit.training.stopping")
+    if stopping is not None and stopping._Requests.listening:
+        signal.set_wakeup_fd(-1)
+        for number, handler in HANDLERS.items():
+            signal.signal(number, handler)
+        stopping._Requests.listening = False
