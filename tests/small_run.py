@@ -1,5 +1,6 @@
 """Runs for tests: a model with two layers on the shards of the fixture `data`, milliseconds a step; a launcher."""
 
+import json
 import runpy
 import sys
 from functools import partial
@@ -57,6 +58,12 @@ def weights(run: PretrainTrainer) -> dict[str, torch.Tensor]:
 def accelerate_launch(config: str) -> list[str]:
     """`accelerate launch` with a shipped configuration, from the repository's root, before a script."""
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
+
+
+def logged(run: Path, key: str) -> dict[int, float]:
+    """A number of a run's log, by step."""
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
 
 
 def refusal(recipe: str, arguments: list, monkeypatch, capsys) -> str:

@@ -157,12 +157,13 @@ def _evaluate_one(name: str, source, rows: list[dict] | None, args: argparse.Nam
     from llmkit.data.windows import TokenWindows
     from llmkit.evaluation.held_out import TextWindows, evaluate_windows
     from llmkit.evaluation.hellaswag import accuracies, encode_hellaswag, ending_losses, results
-    from llmkit.inference.generation import context_length, load_for_generation
+    from llmkit.inference.generation import load_for_generation
+    from llmkit.model.opening import context_length
 
     model, tokenizer = load_for_generation(name, base=args.base)
     if model.device.type != accelerator.device.type:
         model.to(accelerator.device)
-    context = context_length(model)
+    context = context_length(model.config)
     if args.block_size and args.block_size > context:
         raise UserError(f"block_size={args.block_size} is more than the context of {name}, {context} tokens")
     size = args.block_size or min(context, LONGEST_WINDOW)

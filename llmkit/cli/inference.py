@@ -163,7 +163,8 @@ def _generate(args: argparse.Namespace) -> None:
     prompts = [read_stdin().removesuffix("\n") if prompt == "-" else prompt for prompt in args.prompts]
     model, tokenizer = _load(args)
 
-    from llmkit.inference.generation import context_length, continue_prompts
+    from llmkit.inference.generation import continue_prompts
+    from llmkit.model.opening import context_length
 
     single = len(prompts) * args.num_samples == 1
     start = time.perf_counter()
@@ -177,7 +178,7 @@ def _generate(args: argparse.Namespace) -> None:
         found = continue_prompts(model, tokenizer, prompts, sampling)
         _write(f"\n{SEPARATOR}\n".join(each.prompt + each.text for each in found) + "\n")
     if any(each.slid for each in found):
-        note = f"(longer than the context of {context_length(model)} tokens: the window slid over the text)"
+        note = f"(longer than the context of {context_length(model.config)} tokens: the window slid over the text)"
         print(note, file=sys.stderr)
     seconds, tokens = time.perf_counter() - start, sum(each.tokens for each in found)
     print(f"{tokens:,} tokens in {seconds:.2f} s, {tokens / seconds:,.1f} tokens/s", file=sys.stderr)
@@ -188,7 +189,7 @@ def _chat(args: argparse.Namespace) -> None:
     model, tokenizer = _load(args)
 
     from llmkit.inference.chat import Chat
-    from llmkit.inference.generation import context_length
+    from llmkit.model.opening import context_length
 
     chat = Chat(model, tokenizer, sampling, args.system)
     interactive = sys.stdin.isatty()
@@ -222,7 +223,7 @@ def _chat(args: argparse.Namespace) -> None:
             if chat.forgotten > forgotten:
                 number = chat.forgotten - forgotten
                 turns = "the oldest turn was" if number == 1 else f"the {number} oldest turns were"
-                note = f"(the context of {context_length(model)} tokens is full: {turns} forgotten)"
+                note = f"(the context of {context_length(model.config)} tokens is full: {turns} forgotten)"
                 print(note, file=sys.stderr)
     if interactive:
         print()

@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llmkit.data.tokenizer import as_prompt, decode
-from llmkit.finetuning.adapters import context_length
 from llmkit.finetuning.turns import Messages
+from llmkit.model.opening import context_length
 from llmkit.runs.record import run_record
 from llmkit.runs.run import QUANTIZATION_CONFIG
 from llmkit.training.base_trainer import ExactTrainer

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -30,7 +29,7 @@ from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError, reason
 from llmkit.finetuning.conversations import add_chat_template
 from llmkit.hub_access import ask_hub_once
-from llmkit.model.opening import open_config, open_model
+from llmkit.model.opening import context_length, open_config, open_model
 from llmkit.paths import check_names, local_path
 from llmkit.runs.run import QUANTIZATION_CONFIG
 
@@ -147,11 +146,6 @@ def check_not_quantized(base: str, config: PreTrainedConfig) -> None:
             f"the base {base} was saved quantized: give the checkpoint that it was made from, which llmkit quantizes "
             "itself"
         )
-
-
-def context_length(config: PreTrainedConfig) -> int:
-    """The most tokens that a model reads; `sys.maxsize` where nothing limits it, as with Bloom's ALiBi."""
-    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", sys.maxsize))  # the latter: MPT
 
 
 def load_chat_tokenizer(args: AdapterArguments) -> PreTrainedTokenizerBase:

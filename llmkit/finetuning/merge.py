@@ -29,14 +29,13 @@ from llmkit.finetuning.adapters import (
     adapter_folder,
     base_of,
     check_not_quantized,
-    context_length,
     load_with_adapter,
     put_on,
 )
 from llmkit.finetuning.conversations import encode
 from llmkit.finetuning.turns import Malformed, split_guanaco
 from llmkit.model.loss import IGNORE_INDEX
-from llmkit.model.opening import open_config, open_model
+from llmkit.model.opening import context_length, open_config, open_model
 from llmkit.paths import new_path
 
 # The gate. Rounding the merged weights to bfloat16 moved a token's distribution by about 1e-4 nats where it was

@@ -16,11 +16,11 @@ from trl.trainer.utils import use_adapter
 
 from llmkit.console import say
 from llmkit.finetuning.adapter_trainer import AdapterTrainer, fingerprint
-from llmkit.finetuning.adapters import context_length
 from llmkit.finetuning.answer_positions import AnswerPositions
 from llmkit.finetuning.preference_arguments import DPOArguments
 from llmkit.finetuning.preferences import can_be_compared
 from llmkit.model.loss import IGNORE_INDEX
+from llmkit.model.opening import context_length
 from llmkit.runs.run import PREFERENCE_TUNING
 
 REFERENCE = "ref"  # TRL's name for the frozen copy of the adapter that training starts from

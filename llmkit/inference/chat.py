@@ -18,8 +18,9 @@ from transformers.cache_utils import DynamicLayer
 
 from llmkit.data.tokenizer import decode
 from llmkit.errors import UserError
-from llmkit.inference.generation import PieceStreamer, context_length
+from llmkit.inference.generation import PieceStreamer
 from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
+from llmkit.model.opening import context_length
 
 
 class Interrupt(StoppingCriteria):
@@ -89,7 +90,7 @@ class Chat:
             UserError: the question alone fills the context; the conversation stays as it was.
         """
         asked = {"role": "user", "content": question}
-        context, wanted = context_length(self.model), self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS
+        context, wanted = context_length(self.model.config), self.sampling.max_new_tokens or DEFAULT_NEW_TOKENS
         if (length := len(self._render([asked]))) >= context:
             raise UserError(f"the question has {length} tokens and the model's context {context}: shorten it")
         self.messages.append(asked)

@@ -4,7 +4,6 @@ Everything goes through transformers' own `generate` on the model's stock class,
 gives, whatever the architecture.
 """
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from llmkit.errors import UserError, reason
 from llmkit.hub_access import ask_hub_once
 from llmkit.inference.sampling import DEFAULT_NEW_TOKENS, Sampling
 from llmkit.machine import bf16_is_fast
-from llmkit.model.opening import open_model
+from llmkit.model.opening import context_length, open_model
 from llmkit.paths import checkpoint_path
 
 Quantization = Literal["int8", "nf4"]
@@ -160,7 +159,7 @@ def continue_prompts(
         UserError: a prompt fills the context.
     """
     assert write is None or len(prompts) * sampling.num_samples == 1
-    context = context_length(model)
+    context = context_length(model.config)
     # Nothing: as a document begins.
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     rows = []
@@ -194,7 +193,7 @@ def _continue_rows(
     streamer: "PieceStreamer | None",
 ) -> None:
     """Generate for all rows until the first one has what it wants or fills the context."""
-    context = context_length(model)
+    context = context_length(model.config)
     windows = [row.window(context) for row in rows]
     count = min(min(row.wanted, context - len(window)) for row, window in zip(rows, windows, strict=True))
     longest = max(map(len, windows))
@@ -218,11 +217,6 @@ def _continue_rows(
         row.ids = row.ids + new
         text = decode(tokenizer, row.ids[row.length :], skip_special_tokens=True)
         row.wanted = 0 if end is not None or sampling.cut(text) != text else row.wanted - count
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Tokens of prompt and continuation together; `sys.maxsize` for models without positions, as those with ALiBi."""
-    return getattr(model.config, "max_position_embeddings", sys.maxsize)
 
 
 def _new_tokens(length: int, context: int, wanted: int | None) -> int:

@@ -1,6 +1,7 @@
 """Open checkpoints of any causal LM, with the code of installed packages alone."""
 
 import json
+import sys
 from pathlib import Path
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -33,6 +34,11 @@ def open_model(place: str | Path, revision: str | None = None, **how) -> PreTrai
     return AutoModelForCausalLM.from_pretrained(
         place, revision=revision, config=config, trust_remote_code=False, use_safetensors=True, **how
     )
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The most tokens that a model reads; `sys.maxsize` where nothing limits it, as with Bloom's ALiBi."""
+    return getattr(config, "max_position_embeddings", getattr(config, "max_seq_len", sys.maxsize))  # the latter: MPT
 
 
 def _hub_kernel(content: dict) -> str | None:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llmkit.inference.generation import context_length
+from llmkit.model.opening import context_length
 from llmkit.sharing.evidence import UNIT, rounding
 
 # A single logit of very many is further off than the usual: by 8 standard deviations once in 1e15.
@@ -102,7 +102,7 @@ def ask_ours(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, kept_in: str = "float32"
 ) -> Ours:
     """Make the questions for a checkpoint and answer them with our model."""
-    whole = context_length(model) if context_length(model) < sys.maxsize else LONGEST_ROW
+    whole = context_length(model.config) if context_length(model.config) < sys.maxsize else LONGEST_ROW
     context, end = min(whole, LONGEST_ROW), tokenizer.eos_token_id
     also = model.generation_config.eos_token_id
     ends = sorted({end, *(also if isinstance(also, list) else [also] if also is not None else [])})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import PhiConfig, PhiForCausalLM, set_seed
 
 from llmkit.data.tokenizer import train_bpe_tokenizer
-from small_run import accelerate_launch, refusal
+from small_run import accelerate_launch, logged, refusal
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -76,11 +76,6 @@ def command(work: Path, output: Path, *more: object) -> list[str]:
 def run(work: Path, output: Path, *more: object, config: str = "cpu") -> subprocess.CompletedProcess:
     words = [*accelerate_launch(config), "recipes/dpo_qlora.py", *command(work, output, *more)]
     return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def logged(run: Path, key: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from small_run import accelerate_launch, refusal, rounding
+from small_run import accelerate_launch, logged, refusal, rounding
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
@@ -36,11 +36,6 @@ def launch(config: str, *arguments: object, launcher: tuple = ()) -> subprocess.
     return subprocess.run(
         command(config, *arguments, launcher=launcher), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
-
-
-def logged(run: Path, key: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
 
 
 @pytest.fixture(scope="module")

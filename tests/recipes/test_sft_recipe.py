@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, pipeline, set_seed
 
 from llmkit.data.tokenizer import train_bpe_tokenizer
-from small_run import accelerate_launch, refusal
+from small_run import accelerate_launch, logged, refusal
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -61,11 +61,6 @@ def run(work: Path, output: Path, *more: object, config: str = "cpu") -> subproc
     command += ["--config", "recipes/sft_qlora_quickstart.yaml", "--model", work / "base", "--output_dir", output]
     command += ["--data_files", work / "chats.jsonl", *TRAINING, *more]
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
-
-
-def logged(run: Path, key: str) -> dict[int, float]:
-    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-    return {line["step"]: line[key] for line in lines if key in line}
 
 
 @pytest.fixture(scope="module")
