@@ -47,6 +47,18 @@ def data(tmp_path_factory) -> tuple:
 
 
 @pytest.fixture(scope="session")
+def many_shards(data, tmp_path_factory) -> tuple:
+    """As `data`, in a dozen shards for training: (Manifest, tokenizer)."""
+    from llmkit.data.corpus import open_corpus
+    from llmkit.data.shards import prepare_shards
+
+    manifest, tokenizer = data
+    corpus = open_corpus([str(manifest.directory.parent / "*.txt")])
+    folder = tmp_path_factory.mktemp("many_shards")
+    return prepare_shards(corpus, tokenizer, folder, validation_fraction=0.1, shard_tokens=1000), tokenizer
+
+
+@pytest.fixture(scope="session")
 def hellaswag(tmp_path_factory) -> str:
     """Questions in the official format, short enough for the tiny context."""
     path = tmp_path_factory.mktemp("hellaswag") / "hellaswag_val.jsonl"

@@ -16,6 +16,7 @@ SOURCE = ("text_files", "dataset_name", "dataset_config", "dataset_split", "text
 SOURCE += ("data", "sample_prompts")
 # What a source of a mixture may say, besides its weight and its name; what is left is common to all of them.
 OF_ONE_SOURCE = {name: bool if name == "streaming" else str for name in SOURCE[1:-2]} | {"text_files": list}
+COMMON = ("tokenizer", "validation_fraction", "validation_split", "shard_group")
 
 
 @dataclass
@@ -64,6 +65,10 @@ class DataArguments:
         default=None,
         metadata={"help": "Folder for tokenizer and shards. By default a folder in data/, named by its content."},
     )
+    shard_group: int | None = field(
+        default=None,
+        metadata={"help": "Shuffle the windows of so many consecutive shards at a time. By default of all of them."},
+    )
     validation_fraction: float = field(default=0.01, metadata={"help": "Fraction of the text that is held out."})
     validation_split: Literal["document", "tail"] = field(
         default="document",
@@ -82,6 +87,8 @@ class DataArguments:
             raise UserError(f"validation_fraction={self.validation_fraction}: it lies between 0 and 1, such as 0.01")
         if self.text_files and self.dataset_name:
             raise UserError("text_files and dataset_name are both set: set one of them")
+        if self.shard_group is not None and self.shard_group < 1:
+            raise UserError(f"shard_group={self.shard_group}: give 1 or more shards, or leave it out")
         if self.tokenizer == "bpe":
             check_vocab_size(self.vocab_size)
         self.sources()
@@ -130,7 +137,7 @@ class DataArguments:
                 raise UserError(f"data: source {number}: {key} is {value!r}: give a {OF_ONE_SOURCE[key].__name__}")
         if not (said.get("text_files") or said.get("dataset_name")):
             raise UserError(f"data: source {number} has no text: give it text_files or dataset_name")
-        common = {name: getattr(self, name) for name in ("tokenizer", "validation_fraction", "validation_split")}
+        common = {name: getattr(self, name) for name in COMMON}
         name = name or str(said.get("dataset_name", number)).rstrip("/").split("/")[-1]
         return Source(str(name), weights, DataArguments(**common, **said))
 

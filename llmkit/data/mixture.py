@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
-from llmkit.data.windows import BatchSizes, TokenWindows, WindowBatchSampler
+from llmkit.data.order import BatchSizes
+from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 
 Weights = Mapping[int, float]  # the weight of a source after so many steps, from 0 on
@@ -107,7 +108,7 @@ class MixedWindows(Dataset):
 
     def sampler(self, batches: StepBatches, seed: int) -> "MixtureSampler":
         """The order in which a run draws the windows."""
-        return MixtureSampler([len(windows) for windows in self.sources.values()], self.weights, batches, seed)
+        return MixtureSampler(list(self.sources.values()), self.weights, batches, seed)
 
 
 def windows_of_record(data: Mapping, split: str, block_size: int) -> TokenWindows | MixedWindows:
@@ -117,10 +118,10 @@ def windows_of_record(data: Mapping, split: str, block_size: int) -> TokenWindow
         UserError: the shards are not there any more, or hold other tokens now.
     """
     if "sources" not in data:
-        return TokenWindows(_recorded(data), split, block_size)
+        return TokenWindows(_recorded(data), split, block_size, data.get("shard_group"))
     windows, weights = {}, {}
     for name, source in data["sources"].items():
-        windows[name] = TokenWindows(_recorded(source), split, block_size)
+        windows[name] = TokenWindows(_recorded(source), split, block_size, source.get("shard_group"))
         weights[name] = {int(step): weight for step, weight in source["weights"].items()}
     return MixedWindows(windows, weights)
 
@@ -136,18 +137,25 @@ class MixtureSampler(Sampler[list[int]]):
     """Micro-batches of window numbers of `MixedWindows`, over all ranks and the whole run.
 
     Args:
-        lengths: windows of each source.
+        sources: the windows of each.
         weights: of each source, in the same order.
         batches: the micro-batches of the run.
+
+    Attributes:
+        skipped: the batches of whole steps that a resumed run does not want, as in `WindowBatchSampler`.
 
     Raises:
         UserError: a step would take more windows of a source than it has.
     """
 
     drop_last = False  # read by accelerate's BatchSamplerShard, which lets batches without a `batch_size` vary
+    skipped = 0
 
-    def __init__(self, lengths: Sequence[int], weights: Mapping[str, Weights], batches: StepBatches, seed: int):
+    def __init__(
+        self, sources: Sequence[TokenWindows], weights: Mapping[str, Weights], batches: StepBatches, seed: int
+    ):
         self.batches, self.seed = batches, seed
+        lengths = [len(windows) for windows in sources]
         # drawn[s, k]: windows of source k in the steps before step s, which counts from 0.
         self.drawn = compositions(list(weights.values()), batches.step_sizes)
         for name, length, most in zip(weights, lengths, np.diff(self.drawn, axis=0).max(axis=0), strict=True):
@@ -157,24 +165,20 @@ class MixtureSampler(Sampler[list[int]]):
                     "weight, or more text, or take a smaller total_batch_tokens"
                 )
         seeds = np.random.SeedSequence(seed).generate_state(len(lengths)).tolist()
-        self.orders = [WindowBatchSampler(n, (), own) for n, own in zip(lengths, seeds, strict=True)]
+        self.orders = [windows.order(own) for windows, own in zip(sources, seeds, strict=True)]
         self.firsts = [0, *itertools.accumulate(lengths)]
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        sizes = iter(self.batches)
-        for step in range(len(self.batches.step_sizes)):
+        yield from itertools.repeat([], self.skipped)
+        sizes = itertools.islice(self.batches, self.skipped, None)
+        for step in range(self.skipped // self.batches.micro_batches, len(self.batches.step_sizes)):
             rest = self.step_windows(step)
             for size in itertools.islice(sizes, self.batches.micro_batches):
                 yield rest[:size]
                 rest = rest[size:]
-
-    def prepare(self) -> None:
-        """Make the first order of each source ahead, in a thread perhaps."""
-        for order in self.orders:
-            order.prepare()
 
     def step_windows(self, step: int) -> list[int]:
         """The windows of a step, counted from 0, in the order in which its micro-batches share them out."""

@@ -61,17 +61,17 @@ def prepare_windows(
     Raises:
         UserError: what `prepare_pretraining_data`, `TokenWindows` and `MixedWindows` refuse.
     """
-    sources = args.sources()
+    sources, group = args.sources(), args.shard_group
     if not sources:
         tokenizer, manifest = prepare_pretraining_data(args)
-        train, validation = (TokenWindows(manifest, split, block_size) for split in SPLITS)
+        train, validation = (TokenWindows(manifest, split, block_size, group) for split in SPLITS)
         return tokenizer, train, validation
     prepared = {source.name: prepare_pretraining_data(source.args) for source in sources}
     manifests = {name: manifest for name, (_, manifest) in prepared.items()}
     tokenizer, _ = prepared[sources[0].name]
     weights = {source.name: source.weights for source in sources}
     train, validation = (
-        MixedWindows({name: TokenWindows(made, split, block_size) for name, made in manifests.items()}, weights)
+        MixedWindows({name: TokenWindows(made, split, block_size, group) for name, made in manifests.items()}, weights)
         for split in SPLITS
     )
     return tokenizer, train, validation

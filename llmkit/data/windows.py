@@ -1,25 +1,20 @@
-"""Training data from token shards: fixed-length windows, in an order that is a function of seed and step alone.
-
-`TokenWindows` sees the shards of a split as one stream and cuts it into windows of `block_size` targets.
-`WindowBatchSampler` draws them in seeded permutations. accelerate gives rank r of W the batches r, r + W, ..., so the
-windows of an optimizer step are the same at any world size, and resuming at a step needs no replay of data.
-"""
+"""Training data from token shards: the shards of a split are one stream, which is cut into windows of one length."""
 
 import bisect
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
 import xxhash
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.encoding import token_dtype
 from llmkit.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
+from llmkit.data.order import BatchSizes, WindowBatchSampler, WindowOrder
 from llmkit.data.shard_files import DamagedShard, OpenFiles, ShardFile
 from llmkit.data.tokenizer import decode, tokenizer_fingerprint
 from llmkit.errors import UserError
@@ -42,14 +37,15 @@ class TokenWindows(Dataset):
         shards: a folder of shards, or its manifest.
         split: "train" or "validation".
         block_size: T.
+        shard_group: the number of consecutive shards whose windows are shuffled together; None for all of them.
 
     Raises:
         UserError: no finished shards there, or a split that is too short for one window.
     """
 
-    def __init__(self, shards: Manifest | str | Path, split: str, block_size: int):
+    def __init__(self, shards: Manifest | str | Path, split: str, block_size: int, shard_group: int | None = None):
         manifest = shards if isinstance(shards, Manifest) else load_manifest(shards)
-        self.manifest, self.split = manifest, split
+        self.manifest, self.split, self.shard_group = manifest, split, shard_group
         tokens = manifest.splits[split]
         self.block_size = block_size
         self.num_tokens = tokens.tokens
@@ -147,9 +143,21 @@ class TokenWindows(Dataset):
         """
         self.manifest.verify()
 
-    def sampler(self, batches: "BatchSizes", seed: int) -> "WindowBatchSampler":
+    def group_bounds(self) -> list[int]:
+        """The first window of each group of shards, and the number of windows. A window is of the group it begins in.
+
+        Its last tokens may be those of the next group's first shard.
+        """
+        firsts = self.starts[: -1 : self.shard_group or len(self.starts)]
+        return [*(min(-(-first // self.block_size), self.num_windows) for first in firsts), self.num_windows]
+
+    def order(self, seed: int) -> WindowOrder:
         """The order in which a run draws the windows."""
-        return WindowBatchSampler(len(self), batches, seed)
+        return WindowOrder(self.group_bounds(), seed)
+
+    def sampler(self, batches: BatchSizes, seed: int) -> WindowBatchSampler:
+        """The batches of a run."""
+        return WindowBatchSampler(self.order(seed), batches)
 
     def locate(self, index: int) -> tuple["TokenWindows", int]:
         """Where a window comes from: these windows, and its number in them."""
@@ -226,69 +234,3 @@ def _in_memory(split: str, ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) 
 def collate_windows(windows: dict[str, torch.Tensor] | list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A DataLoader's `collate_fn`: `TokenWindows` gives batches ready made, other datasets give lists of windows."""
     return windows if isinstance(windows, dict) else default_collate(windows)
-
-
-class BatchSizes(Sized, Iterable[int], Protocol):
-    """Sizes of batches, in their order."""
-
-
-class WindowBatchSampler(Sampler[list[int]]):
-    """Batches of window numbers from an endless run of seeded permutations, one for each epoch.
-
-    Nothing is dropped and nothing repeated within an epoch; a batch may lie across two. Epoch e's permutation comes
-    from (seed, e) alone, and only one is in memory, 4 bytes a window.
-
-    Args:
-        num_windows: length of the dataset.
-        batch_sizes: windows of each batch, over all ranks and the whole run, after which the sampler ends.
-    """
-
-    drop_last = False  # read by accelerate's BatchSamplerShard, which lets batches without a `batch_size` vary
-
-    def __init__(self, num_windows: int, batch_sizes: BatchSizes, seed: int):
-        assert num_windows > 0, "a sampler without windows never fills a batch"
-        self.num_windows, self.batch_sizes, self.seed = num_windows, batch_sizes, seed
-        self._last: tuple[int, np.ndarray] | None = None  # an epoch and its order
-
-    def __len__(self) -> int:
-        return len(self.batch_sizes)
-
-    def prepare(self) -> None:
-        """Make the first epoch's order ahead, in a thread perhaps: numpy lets others work meanwhile.
-
-        It took 6.0 s for 78 million windows, on one core of an EPYC.
-        """
-        self._order(0)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epochs = itertools.count()
-        order, start = self._order(next(epochs)), 0
-        for size in self.batch_sizes:
-            batch = order[start : start + size].tolist()
-            start += size
-            while len(batch) < size:
-                order, start = self._order(next(epochs)), size - len(batch)
-                batch += order[:start].tolist()
-            yield batch
-
-    def windows(self, start: int, stop: int) -> list[int]:
-        """The windows from place `start` to before `stop` of the whole run's order."""
-        found: list[int] = []
-        while start < stop:
-            epoch, place = divmod(start, self.num_windows)
-            found += self._order(epoch)[place : place + stop - start].tolist()
-            start = (epoch + 1) * self.num_windows
-        return found
-
-    def _order(self, epoch: int) -> np.ndarray:
-        # The last one is kept, for a mixture draws a few windows at a time.
-        if self._last is None or self._last[0] != epoch:
-            self._last = None  # so that only one is in memory
-            self._last = epoch, self._shuffled(epoch)
-        return self._last[1]
-
-    def _shuffled(self, epoch: int) -> np.ndarray:
-        # Shuffled in place: `permutation(n)` would hold 8 bytes a window.
-        order = np.arange(self.num_windows, dtype=np.uint32)
-        np.random.default_rng([self.seed, epoch]).shuffle(order)
-        return order

@@ -129,13 +129,16 @@ def windows_record(train: TokenWindows | MixedWindows, held_out: TokenWindows | 
         "validation_tokens": held_out.num_tokens,
         "tokens_per_byte": held_out.tokens_per_byte,
     }
-    if isinstance(train, MixedWindows):
+    if isinstance(train, TokenWindows):
+        record["shard_group"] = train.shard_group
+    else:
         record["sources"] = {
             name: {
                 "directory": str(windows.manifest.directory),
                 "fingerprint": windows.manifest.fingerprint,
                 "weights": train.weights[name],
                 "train_tokens": windows.num_tokens,
+                "shard_group": windows.shard_group,
             }
             for name, windows in train.sources.items()
         }

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from llmkit.data.lookup import documents_of
 from llmkit.data.mixture import MixedWindows, MixtureSampler
-from llmkit.data.windows import TokenWindows, WindowBatchSampler, collate_windows
+from llmkit.data.order import WindowBatchSampler
+from llmkit.data.windows import TokenWindows, collate_windows
 from llmkit.errors import UserError
 from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
 from llmkit.machine import device_name, peak_flops
@@ -24,6 +25,7 @@ from llmkit.runs.run import PRETRAINING
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.base_trainer import ExactTrainer
 from llmkit.training.callbacks import Throughput
+from llmkit.training.checkpoints import step_of
 from llmkit.training.monitoring import HellaSwagInTraining, ParameterMonitor
 from llmkit.training.optimizers import OPTIMIZERS, is_fully_sharded, named_learning_rates
 from llmkit.training.run_arguments import check_length_is_fixed
@@ -34,7 +36,7 @@ from llmkit.training.stopping import leave_signals_to_the_run
 class PretrainTrainer(ExactTrainer):
     """Trains on windows of token shards.
 
-    The batch of step s is a function of the seed and s alone: `WindowBatchSampler` orders all windows, and the ranks
+    The batch of step s is a function of the seed and s alone: `WindowOrder` orders all windows, and the ranks
     and micro-batches of a step share out its part of that order. So the same text is trained at any number of ranks,
     and a resumed run goes on where it stopped.
 
@@ -83,7 +85,10 @@ class PretrainTrainer(ExactTrainer):
         data = windows_record(train_dataset, eval_dataset)
         decisive = decisive_length(args)
         if isinstance(train_dataset, MixedWindows):
-            decisive |= {"weights": train_dataset.weights}
+            groups = {name: windows.shard_group for name, windows in train_dataset.sources.items()}
+            decisive |= {"weights": train_dataset.weights, "shard_group": groups}
+        else:
+            decisive |= {"shard_group": train_dataset.shard_group}
         record = run_record(PRETRAINING, args, model, data, source, decisive)
         # From here on, Trainer's steps: more than the full batches that were asked for where the first are smaller.
         self.full_steps, self.batches = args.max_steps, args.batches(block_size)
@@ -126,9 +131,11 @@ class PretrainTrainer(ExactTrainer):
 
     def take_folder(self, resume_from: str | None, fingerprint: str) -> None:
         """Also has the first rank of each node read its shards once and compare their checksums."""
-        problem = None
+        problem, step = None, step_of(resume_from) if resume_from else 0
+        self.sampler.skipped = step * self.batches.micro_batches
+        place = min(self.batches.windows_before(step), int(self.batches.ends[-1]) - 1)
         with ThreadPoolExecutor(max_workers=1) as pool:
-            pool.submit(self.sampler.prepare)  # meanwhile
+            pool.submit(self.sampler.windows, place, place + 1)  # meanwhile: it shuffles the group that comes first
             if self.is_local_process_zero():
                 try:
                     self.train_dataset.verify()

@@ -6,14 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate import skip_first_batches
-from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import DataLoader
 
 from llmkit.data.manifest import Manifest, Shard, Split
 from llmkit.data.shard_files import DamagedShard
 from llmkit.data.tokenizer import train_bpe_tokenizer
-from llmkit.data.windows import IGNORED, TokenWindows, WindowBatchSampler, collate_windows
+from llmkit.data.windows import IGNORED, TokenWindows, collate_windows
 from llmkit.errors import UserError
 
 EOS = 7
@@ -114,7 +112,7 @@ def test_a_dataloader_gives_the_windows_in_batches(tmp_path, num_workers):
     windows = TokenWindows(make_manifest(tmp_path, [60, 41], [11]), "train", 5)
     windows[0]  # opens a file, which a copy for a worker must not carry
     assert len(pickle.dumps(windows)) < 2000
-    sampler = WindowBatchSampler(len(windows), [3] * 8, seed=1)
+    sampler = windows.sampler([3] * 8, seed=1)
     loader = DataLoader(windows, batch_sampler=sampler, collate_fn=collate_windows, num_workers=num_workers)
     for indices, batch in zip(sampler, loader, strict=True):
         one_by_one = collate_windows([windows[index] for index in indices])
@@ -188,81 +186,3 @@ def test_windows_of_tokens_in_memory_are_those_of_shards(data, kind):
 def test_tokens_that_make_no_windows(data, train, message):
     with pytest.raises(UserError, match=message):
         TokenWindows.from_tokens(train, [1, 2, 3], data[1], 16)
-
-
-# ----------------------------------------------------------------------------- the order
-
-
-@pytest.mark.parametrize(("num_windows", "batch_size"), [(10, 4), (12, 4), (3, 5), (1, 4), (100, 1), (7, 7)])
-def test_every_epoch_has_every_window_once(num_windows, batch_size):
-    epochs = 6
-    num_batches = -(-epochs * num_windows // batch_size)
-    batches = list(WindowBatchSampler(num_windows, [batch_size] * num_batches, seed=3))
-    assert len(batches) == num_batches and {len(batch) for batch in batches} == {batch_size}
-    stream = sum(batches, [])
-    assert all(type(index) is int for index in stream)
-    orders = [stream[e * num_windows : (e + 1) * num_windows] for e in range(epochs)]
-    for order in orders:
-        assert sorted(order) == list(range(num_windows))
-    if num_windows >= 10:
-        assert len({tuple(order) for order in orders}) == epochs
-        assert orders[0] != list(range(num_windows))
-
-
-def test_order_is_a_function_of_the_seed():
-    def first(seed):
-        return next(iter(WindowBatchSampler(1000, [16] * 5, seed)))
-
-    assert first(1) == first(1) != first(2)
-    sampler = WindowBatchSampler(10, [3] * 8, seed=1)
-    assert list(sampler) == list(sampler) and len(sampler) == 8
-    ahead = WindowBatchSampler(10, [3] * 8, seed=1)
-    ahead.prepare()
-    assert list(ahead) == list(sampler) == list(ahead)
-
-
-def rank_batches(sampler, world_size):
-    return [list(BatchSamplerShard(sampler, world_size, rank)) for rank in range(world_size)]
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_ranks_are_disjoint_and_cover_every_window_once_an_epoch(world_size):
-    num_windows, batch_size, epochs = 96, 3, 2
-    per_epoch = num_windows // batch_size
-    sampler = WindowBatchSampler(num_windows, [batch_size] * (epochs * per_epoch), seed=5)
-    ranks = rank_batches(sampler, world_size)
-    for epoch in range(epochs):
-        mine = slice(epoch * per_epoch // world_size, (epoch + 1) * per_epoch // world_size)
-        windows = [set(sum(batches[mine], [])) for batches in ranks]
-        assert sum(map(len, windows)) == num_windows
-        assert set.union(*windows) == set(range(num_windows))
-
-
-def test_an_optimizer_step_has_the_same_windows_at_any_world_size():
-    num_windows, batch_size, steps = 50, 3, 20
-    sampler = WindowBatchSampler(num_windows, [batch_size] * (4 * steps), seed=5)
-
-    def global_batches(world_size, accumulation):
-        ranks = rank_batches(sampler, world_size)
-        assert {len(batches) for batches in ranks} == {steps * accumulation}
-        return [
-            sorted(sum((sum(batches[s * accumulation : (s + 1) * accumulation], []) for batches in ranks), []))
-            for s in range(steps)
-        ]
-
-    alone = global_batches(1, 4)
-    assert alone == [sorted(sum(list(sampler)[4 * s : 4 * s + 4], [])) for s in range(steps)]
-    assert global_batches(2, 2) == alone
-    assert global_batches(4, 1) == alone
-
-
-@pytest.mark.parametrize("skipped", [0, 1, 5, 11])
-def test_skipping_batches_is_starting_later(tmp_path, skipped):
-    windows = TokenWindows(make_manifest(tmp_path, [60, 41], [11]), "train", 5)
-    sampler = WindowBatchSampler(len(windows), [3] * 12, seed=1)  # lies across two epochs
-    for world_size in (1, 2):
-        shard = BatchSamplerShard(sampler, world_size, world_size - 1)
-        loader = DataLoader(windows, batch_sampler=shard, collate_fn=collate_windows)
-        everything = [batch["input_ids"].tolist() for batch in loader]
-        rest = [batch["input_ids"].tolist() for batch in skip_first_batches(loader, skipped)]
-        assert rest == everything[skipped:]

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch._dynamo.config
 
-from llmkit.data.windows import WindowBatchSampler
 from llmkit.errors import UserError
 from llmkit.machine import set_up
 from llmkit.training.batch_ramp import Batches
@@ -65,7 +64,7 @@ def test_a_ramped_run_is_a_loop_over_its_windows(data, tmp_path, accumulation):
 
     sizes = run.batches.step_sizes.tolist()
     assert sum(sizes) == 6 * 8 and len(set(sizes)) > 4
-    order = next(iter(WindowBatchSampler(len(run.train_dataset), [48], run.args.seed)))
+    order = run.train_dataset.order(run.args.seed).windows(0, 48)
     optimizer, seen, expected = torch.optim.SGD(twin.parameters(), lr=0.5), 0, []
     twin.train()
     for size in sizes:

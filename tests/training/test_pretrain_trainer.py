@@ -6,6 +6,7 @@ import math
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,26 @@ def test_resumed_run_ends_with_the_same_bits(data, tmp_path):
     assert losses(again)[-6:] == losses(whole)[-6:]
     for name, weight in weights(whole).items():
         assert torch.equal(weight, weights(again)[name]), name
+
+
+def test_a_run_in_groups_of_shards_is_resumed_exactly(many_shards, tmp_path):
+    """Past several groups, and not in other groups than the run's."""
+    assert len(many_shards[0].splits["train"].shards) > 5
+    how = {"save_strategy": "steps", "save_steps": 10, "max_steps": 30, "per_device_train_batch_size": 4}
+    how |= {"windows": partial(TokenWindows, shard_group=2)}
+    whole = trainer(many_shards, tmp_path, **how)
+    whole.train()
+    log = (tmp_path / "log.jsonl").read_text()
+    again = trainer(many_shards, tmp_path, **how)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
+    assert losses(again)[-10:] == losses(whole)[-10:]
+    for name, weight in weights(whole).items():
+        assert torch.equal(weight, weights(again)[name]), name
+    assert json.loads(log.splitlines()[0])["run"]["data"]["shard_group"] == 2
+    for group in (None, 3):
+        with pytest.raises(UserError, match=f"would be resumed with shard_group={group}, and its run had 2"):
+            other = trainer(many_shards, tmp_path, **{**how, "windows": partial(TokenWindows, shard_group=group)})
+            other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-20"))
 
 
 def test_evaluation_is_weighted_by_tokens(data, tmp_path):
