@@ -3,15 +3,19 @@
     python benchmarks/tasks.py                                       # 8 files of 25 MB, 8 tasks, 1 and 2 at a time
     python benchmarks/tasks.py --files 100000 --megabytes 100 --tasks 4 --workers 1
     python benchmarks/tasks.py --files 1 --megabytes 1000 --one_line --tasks 1 --workers 1
+    python benchmarks/tasks.py --files 1 --megabytes 1000 --array --tasks 1 --workers 1
+    python benchmarks/tasks.py --megabytes 730 --tasks 2 --workers 1            # about 200 million tokens
 
-The text is the standard library's sources, as often as it takes, cut into files of equal size; with `--one_line` every
-line end is a space. `llmkit shards prepare --executor local` runs in a process of its own with a BPE of 4,096 tokens.
-`seconds` are from its start to its end, with imports and the merge; `tasks` from the start of the first task to the
-end of the last one, as datatrove's logs tell. `memory` is the peak of the command's process, libraries included; with
-one worker that is where the tasks run.
+The text is the standard library's sources, as often as it takes, cut into files of equal size. With `--one_line` every
+line end is a space. With `--array` a file is one JSON array in one line, of rows of 4,000 characters. `llmkit shards
+prepare --executor local` runs in a process of its own with a BPE of 4,096 tokens. `seconds` are from its start to its
+end, with imports and the merge; `tasks` from the start of the first task to the end of the last one, as datatrove's
+logs tell. `memory` is the peak of the largest process, libraries included: the largest worker, or with one worker the
+command itself, where the tasks then run. No worker may reach 2,000 MB.
 """
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -28,20 +32,24 @@ from measuring import cpu_name
 TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}")
 
 
-def write_text(folder: Path, files: int, megabytes: float, one_line: bool) -> None:
+ROW = 4000  # characters of a row in an array
+
+
+def write_text(folder: Path, files: int, megabytes: float, one_line: bool, array: bool) -> None:
     """Files of one size, each another part of the text."""
     source = "".join(path.read_text(encoding="utf-8", errors="replace") for path in stdlib_sources())
     if one_line:
         source = source.replace("\n", " ")
     size, place = int(megabytes * 1e6) // files, 0
     for number in range(files):
-        with (folder / f"{number:06d}.txt").open("w") as file:
+        with (folder / f"{number:06d}.{'json' if array else 'txt'}").open("w") as file:
             left = size
             while left > 0:
-                part = source[place : place + left]
-                file.write(part)
+                part = source[place : place + (min(left, ROW) if array else left)]
+                file.write(("[" if left == size else ", ") + json.dumps({"text": part}) if array else part)
                 left -= len(part)
                 place = (place + len(part)) % len(source)
+            file.write("]" if array else "")
 
 
 def seconds_of_tasks(logs: Path) -> float:
@@ -90,6 +98,7 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=8)
     parser.add_argument("--megabytes", type=float, default=200, help="of text in all files together (default 200)")
     parser.add_argument("--one_line", action="store_true", help="no line ends")
+    parser.add_argument("--array", action="store_true", help="JSON instead of text, in one line")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--folder", help="for the text and the shards (default: the system's temporary folder)")
@@ -99,7 +108,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         text, tokenizer = Path(folder) / "text", Path(folder) / "tokenizer"
         text.mkdir()
-        write_text(text, options.files, options.megabytes, options.one_line)
+        write_text(text, options.files, options.megabytes, options.one_line, options.array)
         sources = (path.read_text(encoding="utf-8", errors="replace") for path in stdlib_sources())
         train_bpe_tokenizer(sources, 4096).save_pretrained(tokenizer)
         for workers in options.workers:

@@ -10,12 +10,14 @@ from typing import NamedTuple
 import xxhash
 
 from llmkit.data.corpus import Corpus
+from llmkit.errors import UserError
 
 # Characters in a batch of pieces, which a thread gets at a time: enough to hide the hand-over, little enough to keep
 # every core busy.
 BATCH_CHARACTERS = 1 << 18
 LOOKED_AT = 1 << 25  # characters, at most, that are read beforehand to see what the hash holds out
 ENOUGH_DOCUMENTS = 8  # on each side; then the share cannot be far from what was asked for
+LONGEST = 15_000_000  # characters of a document in one piece: its tokenizer took 103 bytes for each, measured on 2 MB
 TOLERANCE = 3  # a share this many times too large or too small is not what was asked for
 
 
@@ -57,11 +59,20 @@ def split_pieces(corpus: Corpus, skip: int, fraction: float, whole: bool, can_cu
         fraction: the part to hold out: of the documents, or of each document's characters, at least one of them.
         whole: documents are held out whole; else the end of each is.
         can_cut: pieces may be encoded apart from each other; else a document is one piece.
+
+    Raises:
+        UserError: a document is too long for one piece.
     """
     for pieces in corpus.in_pieces(skip):
         held_out, length = _measure(pieces, fraction)
         cut = (0 if held_out else length) if whole else max(1, min(int(length * (1 - fraction)), length - 1))
         if not can_cut:
+            if length > LONGEST:
+                raise UserError(
+                    f"{corpus.description}: a document has {length:,} characters, and this tokenizer takes a document "
+                    f"in one piece, of {LONGEST:,} at most: divide it, or take a tokenizer with GPT-2's word pattern, "
+                    "as llmkit tokenizer train makes it"
+                )
             pieces = ["".join(pieces)]
         position = 0
         for text in pieces:

@@ -1,7 +1,7 @@
 """Reading files of text: piece by piece, or row by row from JSON and Parquet."""
 
 import codecs
-import itertools
+import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -21,6 +21,10 @@ _BLOCK = 1 << 18
 # Up to the last word in a block that white space follows: see `split_document`.
 _WHOLE_WORDS = re.compile(r"(?s:.*)\S(?=[ \n])")
 _ROWS_WITHOUT_COLUMN = 1000  # of JSON, where a row may lack any key, before the column is taken for a mistake
+# Bytes of a row of JSON, and characters of text without white space: both are read whole, and take a process several
+# times as much memory.
+LONGEST = 1 << 26
+_SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
 
 
 class TextFile:
@@ -38,13 +42,18 @@ class TextFile:
         return infer_compression(self.file) is None
 
     def __iter__(self) -> Iterator[str]:
-        """Raises UserError at bytes that are no UTF-8, and for a file without any text."""
+        """Raises UserError at bytes that are no UTF-8, and for a file without any text, or too much of it in one."""
         rest: list[str] = []  # stretches without a place to cut
         for text in self._blocks():
             if words := _WHOLE_WORDS.match(text):
                 yield "".join([*rest, words.group()])
                 rest = []
             rest.append(text[words.end() :] if words else text)
+            if len(rest) * _BLOCK > LONGEST and sum(map(len, rest)) > LONGEST:
+                raise UserError(
+                    f"{self.file}: more than {LONGEST:,} characters without white space, which would have to be "
+                    "tokenized in one piece: leave it out, or put spaces or line ends into it"
+                )
         if not (last := "".join(rest)):
             raise UserError(f"{self.file}: the file is empty: leave it out")
         yield last
@@ -168,17 +177,62 @@ def _read_json(file: str, text_column: str) -> Iterator[str]:
 
 
 def _json_rows(opened, file: str) -> Iterator[tuple[int, object]]:
-    lines = (line for line in opened if not line.isspace())
-    first = next(lines, b"").removeprefix(codecs.BOM_UTF8)
-    if first.lstrip().startswith(b"["):
-        rows = json.loads(first + opened.read())
-        yield from enumerate(rows, 1)
+    """The rows and their numbers. One row at a time is in memory, also where all of them are in one line."""
+    content = io.BufferedReader(opened)
+    if content.peek(len(codecs.BOM_UTF8)).startswith(codecs.BOM_UTF8):
+        content.read(len(codecs.BOM_UTF8))
+    while (begin := content.peek(1)[:1]).isspace():
+        content.read(1)
+    if begin == b"[":
+        yield from _array_rows(content, file)
         return
-    for number, line in enumerate(itertools.chain([first] if first else [], lines), 1):
+    lines = (line for line in iter(lambda: content.readline(LONGEST + 1), b"") if not line.isspace())
+    for number, line in enumerate(lines, 1):
+        if len(line) > LONGEST:
+            raise _too_long(file, number)
         try:
             yield number, json.loads(line)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: cannot be read: row {number} is not JSON: {error}") from error
+
+
+def _array_rows(content: io.BufferedReader, file: str) -> Iterator[tuple[int, object]]:
+    """The elements of an array. Where one is not whole yet, as much again is read, so that few are decoded twice."""
+    decode, text = json.JSONDecoder().raw_decode, io.TextIOWrapper(content, encoding="utf-8")
+    block, place, number, wanted = "", 0, 0, "["
+    while True:
+        blanks = _SPACE.match(block, place)
+        assert blanks is not None, "none is a match as well"
+        place = blanks.end()
+        sign = block[place : place + 1]
+        if not sign and (block := text.read(_BLOCK)):
+            place = 0
+        elif sign and sign == wanted:
+            place, wanted = place + 1, ""
+        elif sign == "]" and (wanted == "," or not number):
+            return
+        else:
+            try:
+                if wanted:
+                    raise json.JSONDecodeError(f"no {wanted} before it", block, place)
+                row, place = decode(block, place)
+            except json.JSONDecodeError as error:
+                if len(block) - place > LONGEST:
+                    raise _too_long(file, number + 1) from error
+                if wanted or not (more := text.read(max(_BLOCK, len(block) - place))):
+                    problem = f"row {number + 1} is not JSON: {error.msg}"
+                    raise UserError(f"{file}: cannot be read: {problem}") from error
+                block, place = block[place:] + more, 0
+                continue
+            number, wanted = number + 1, ","
+            yield number, row
+
+
+def _too_long(file: str, row: int) -> UserError:
+    return UserError(
+        f"{file}: row {row} has more than {LONGEST:,} bytes, and a row is read whole: divide it into several, or give "
+        "its text a file of its own, which is read in pieces"
+    )
 
 
 def table_text_bytes(file: str, text_column: str) -> int:
@@ -198,6 +252,8 @@ def table_text_bytes(file: str, text_column: str) -> int:
     lines = sample.splitlines(keepends=True)
     if len(sample) == _MIB:
         lines.pop()  # it may be cut
+    if not lines:
+        return size
     try:
         text = sum(len((json.loads(line)[text_column] or "").encode()) for line in lines if line.strip())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

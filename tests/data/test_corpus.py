@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
 
+from llmkit.data import readers
 from llmkit.data.corpus import Corpus, open_corpus
 from llmkit.errors import UserError
 
@@ -247,6 +248,47 @@ def test_a_json_array_is_read(tmp_path):
     corpus = open_corpus([write_text(tmp_path / "a.json", '[{"text": "one"},\n {"text": "two"}]')])
     assert list(corpus.documents()) == ["one", "two"]
     assert corpus.num_bytes() >= 6
+
+
+@pytest.mark.parametrize("text", ["[]", " [ ]\n", '\ufeff[{"text": "one"}]', '[{"text":"one"},{"text":"two"}]'])
+def test_an_array_is_read_row_by_row(tmp_path, monkeypatch, text):
+    """At any length of the blocks in which the file is read, also where all of it is in one line."""
+    rows = json.loads(text.removeprefix("\ufeff"))
+    if len(rows) == 2:
+        rows = [{"text": f"{n} [{{,}}] é" * n, "n": [n, {}]} for n in range(1, 30)]
+        text = json.dumps(rows, ensure_ascii=False)
+    file = write_text(tmp_path / "a.json", text)
+    for block in (1, 7, 1 << 18):
+        monkeypatch.setattr("llmkit.data.readers._BLOCK", block)
+        assert list(readers.read_table(file, "text")) == [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    "text", ['[{"text": "a"}', '[{"text": "a"},]', '[{"text": "a"} {"text": "b"}]', '[{"text": "a"}, oops]']
+)
+def test_an_array_that_is_none_is_one_line(tmp_path, text):
+    with pytest.raises(UserError, match="a.json: cannot be read: row 2 is not JSON") as raised:
+        list(open_corpus([write_text(tmp_path / "a.json", text)]).documents())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("begin, end", [("", ""), ("[", "]")])
+def test_a_row_that_is_too_long_is_refused_before_it_is_read(tmp_path, monkeypatch, begin, end):
+    monkeypatch.setattr(readers, "LONGEST", 50)
+    monkeypatch.setattr(readers, "_BLOCK", 10)
+    row = json.dumps({"text": "word " * 20})
+    for file in ("a.json", "a.json.gz"):
+        content = f'{begin}{{"text": "a"}}{"," if begin else chr(10)}{row}{end}'.encode()
+        path = write_text(tmp_path / file, gzip.compress(content) if file.endswith("gz") else content)
+        with pytest.raises(UserError, match="row 2 has more than 50 bytes"):
+            list(readers.read_table(path, "text"))
+
+
+def test_text_without_white_space_is_refused_before_all_of_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST", 1 << 19)
+    assert list(open_corpus([write_text(tmp_path / "a.txt", "x" * (1 << 19))]).documents())
+    with pytest.raises(UserError, match="b.txt: more than 524,288 characters without white space"):
+        list(open_corpus([write_text(tmp_path / "b.txt", "x" * (1 << 19) + "y")]).documents())
 
 
 def test_parquet_rows_are_documents_and_empty_ones_are_dropped(tmp_path):

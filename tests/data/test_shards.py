@@ -326,6 +326,17 @@ def test_other_tokenizers_go_through_tokenizers(tmp_path):
     assert sum(split.unknown_tokens for split in manifest.splits.values()) == 40
 
 
+def test_a_document_that_is_too_long_for_one_piece_is_refused_before_it_is_joined(tmp_path, monkeypatch, bpe):
+    monkeypatch.setattr(holdout, "LONGEST", 3000)
+    documents = make_documents(40, words=10) + ["a word " * 1000]
+    prepare(tmp_path / "in pieces", documents, bpe)
+    backend = tokenizers.Tokenizer(models.WordLevel({"<|endoftext|>": 0, "a": 1}, unk_token="<|endoftext|>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    whole = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", unk_token="<|endoftext|>")
+    with pytest.raises(UserError, match="a document has 7,000 characters, and .* of 3,000 at most"):
+        prepare(tmp_path / "whole", documents, whole)
+
+
 def test_a_bpe_whose_merges_tiktoken_would_not_follow_is_not_given_to_it(bpe):
     state = json.loads(bpe.backend_tokenizer.to_str())["model"]
     alphabet = {c: i for c, i in state["vocab"].items() if len(c) == 1}

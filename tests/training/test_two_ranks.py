@@ -14,6 +14,8 @@ from test_schedules import expected_one_cycle
 from transformers import TrainerCallback
 
 from llmkit import files
+from llmkit.data.mixture import MixedWindows
+from llmkit.data.windows import TokenWindows
 from llmkit.training.checkpoints import checkpoint_to_resume, ranks_of
 from small_run import BLOCK, losses, rounding, trainer
 
@@ -27,14 +29,15 @@ from llmkit.data.manifest import load_manifest
 from llmkit.data.tokenizer import load_tokenizer
 from test_budget import Clock, fixed
 from test_schedules import watched
-from test_two_ranks import steps_of_a_budget, train_together, train_with_dropout
+from test_two_ranks import steps_of_a_budget, train_mixture, train_together, train_with_dropout
 data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
 found = watched(data, sys.argv[4] + "/one_cycle")
 dropped = train_with_dropout(data, sys.argv[4] + "/dropout")
 train_together(data, sys.argv[4] + "/together", sys.argv[5])
+mixed = train_mixture(data, sys.argv[4] + "/mixture")
 steps = steps_of_a_budget(data, sys.argv[4] + "/budget")
 with open(f"{sys.argv[4]}/rank_{os.environ['RANK']}.json", "w") as file:  # two ranks' prints may mix
-    json.dump([found, dropped, steps], file)
+    json.dump([found, dropped, steps, mixed], file)
 """
 
 
@@ -64,6 +67,23 @@ def steps_of_a_budget(data, output_dir) -> int:
     """The steps that a rank takes to fit into 10 minutes, where a step of rank 1 is twice as slow."""
     rank = int(os.environ["RANK"])
     return fixed(data, output_dir, Clock(step=1 + rank), train_minutes=10, per_device_train_batch_size=4).max_steps
+
+
+def train_mixture(data, output_dir) -> list:
+    """The windows of each micro-batch in this process, and what was logged of the sources and the loss."""
+
+    def windows(manifest, split, block_size):
+        sources = {name: TokenWindows(manifest, split, block_size) for name in ("one", "other")}
+        return MixedWindows(sources, {"one": {0: 3, 3: 1}, "other": {0: 1}})
+
+    run = trainer(data, output_dir, windows=windows, max_steps=5, per_device_train_batch_size=4)
+    seen = []
+    run.model.register_forward_pre_hook(
+        lambda model, args, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    run.train()
+    logged = [{k: v for k, v in entry.items() if k.startswith(("loss", "tokens/"))} for entry in run.state.log_history]
+    return [seen, [entry for entry in logged if "loss" in entry]]
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +130,16 @@ def test_ranks_drop_out_other_units_and_resume_with_them(two_ranks):
     (mask, *runs), (other_mask, *_) = (found[1] for found in two_ranks[1])
     assert mask != other_mask
     assert runs[1] == runs[0]
+
+
+def test_the_steps_of_a_mixture_are_the_same_on_two_ranks(two_ranks, data, tmp_path):
+    (first, logged), (second, _) = (found[3] for found in two_ranks[1])
+    both = list(zip(first, second, strict=True))
+    alone, expected = train_mixture(data, tmp_path)
+    assert both == list(zip(alone[::2], alone[1::2], strict=True)) and len(both) == 5
+    assert [entry["tokens/one"] // BLOCK for entry in expected] == [6, 12, 18, 22, 26]
+    for found, entry in zip(logged, expected, strict=True):
+        assert found == pytest.approx(entry, rel=rounding(5))
 
 
 ELASTIC = """
