@@ -31,7 +31,12 @@ def write_whole(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, fields: dict) -> None:
     """Write a JSON file in one step."""
-    write_whole(path, json.dumps(fields, indent=1).encode())
+    write_whole(path, json_bytes(fields))
+
+
+def json_bytes(fields: dict) -> bytes:
+    """What `write_json` writes."""
+    return json.dumps(fields, indent=1).encode()
 
 
 def sync(path: Path) -> None:

@@ -60,7 +60,9 @@ def add_commands(nouns) -> None:
         metavar="{prepare}", required=True
     )
     prepare = verbs.add_parser("prepare", help="Tokenize text into shards for training.", allow_abbrev=False)
-    prepare.add_argument("--output", required=True, help="The folder for tokenizer and shards.")
+    prepare.add_argument(
+        "--output", required=True, help="The folder for tokenizer and shards, here or as a URL (s3://bucket/corpus)."
+    )
     _add_corpus_flags(prepare)
     add_fields(prepare, ("tokenizer", "vocab_size", "validation_fraction", "validation_split"))
     prepare.add_argument(
@@ -217,19 +219,20 @@ def _prepare_shards(args: argparse.Namespace) -> None:
     if args.tokenizer not in ("bpe", "character"):
         args.tokenizer = _tokenizer_path(args.tokenizer)
 
+    from llmkit.data.files import is_remote
     from llmkit.data.prepare import prepare_pretraining_data
 
     how = {name: getattr(args, name) for name in ("shard_tokens", "num_workers") if getattr(args, name) is not None}
     fields = {
         field.name: getattr(args, field.name) for field in dataclasses.fields(DataArguments) if field.name in args
     }
-    data_args = DataArguments(**fields, data_dir=args.output)
-    if in_tasks:
-        manifest = _prepare_in_tasks(data_args, in_tasks | how)
+    data_args = DataArguments(**fields)
+    if is_remote(args.output) or in_tasks:
+        manifest = _prepare_parts(data_args, args.output, in_tasks, how)
         if manifest is None:  # Slurm has the jobs
             return
     else:
-        _, manifest = prepare_pretraining_data(data_args, **how)
+        _, manifest = prepare_pretraining_data(dataclasses.replace(data_args, data_dir=args.output), **how)
     train, validation = manifest.splits["train"], manifest.splits["validation"]
     print(f"{train.tokens:,} tokens to train on and {validation.tokens:,} for validation in {args.output}")
 
@@ -248,18 +251,31 @@ def _task_options(args: argparse.Namespace) -> dict:
     return {"executor": args.executor} | given
 
 
-def _prepare_in_tasks(data_args: DataArguments, how: dict):
-    needed = ("datatrove", "ray") if how["executor"] == "ray" else ("datatrove",)
+def _prepare_parts(data_args: DataArguments, output: str, in_tasks: dict, how: dict):
+    """In several tasks, or in one whose shards go to a URL."""
+    needed = {"ray": ("datatrove", "ray")}.get(in_tasks.get("executor", ""), ("datatrove",)) if in_tasks else ()
     if missing := [name for name in needed if find_spec(name) is None]:
         extra = {"datatrove": "'llmkit[scale]'", "ray": "'datatrove[ray]'"}[missing[0]]
-        raise UserError(f"executor={how['executor']} needs {missing[0]}, which is not installed: pip install {extra}")
+        raise UserError(
+            f"executor={in_tasks['executor']} needs {missing[0]}, which is not installed: pip install {extra}"
+        )
 
-    from llmkit.data.executors import prepare_in_tasks
-    from llmkit.data.prepare import opened_source
+    from llmkit.data.files import is_remote
+    from llmkit.data.places import LocalPlace, Place
+    from llmkit.data.prepare import opened_source, prepare_at
 
-    with opened_source(data_args) as (corpus, tokenizer, directory):
-        split = {
-            "validation_fraction": data_args.validation_fraction,
-            "validation_split": data_args.validation_split,
-        }
-        return prepare_in_tasks(corpus, tokenizer, directory, **split, **how)
+    how |= {"validation_fraction": data_args.validation_fraction, "validation_split": data_args.validation_split}
+
+    def make(corpus, tokenizer, place: Place):
+        if in_tasks:
+            from llmkit.data.executors import prepare_in_tasks
+
+            return prepare_in_tasks(corpus, tokenizer, place, **in_tasks, **how)
+        from llmkit.data.parts import prepare_alone
+
+        return prepare_alone(corpus, tokenizer, place, **how)
+
+    if is_remote(output):
+        return prepare_at(data_args, output, make)
+    with opened_source(dataclasses.replace(data_args, data_dir=output)) as (corpus, tokenizer, directory):
+        return make(corpus, tokenizer, LocalPlace(directory))

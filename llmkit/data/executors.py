@@ -1,9 +1,10 @@
 """Preparing shards with datatrove: its executors run the tasks of `parts.py` here, on Slurm, or on Ray.
 
-This module needs the `scale` extra. All machines have to see the shards' folder, and local files of text, under the
-same paths.
+This module needs the `scale` extra. All machines have to see the shards' folder, or its URL, and local files of text,
+under the same names.
 """
 
+import hashlib
 import os
 import signal
 import sys
@@ -21,10 +22,10 @@ from datatrove.utils.logging import logger
 from multiprocess import process
 
 from llmkit.console import say
-from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
-from llmkit.data.parts import Parts
-from llmkit.data.preparation import check_settings
-from llmkit.data.shards import shard_settings, working_alone
+from llmkit.data.manifest import Manifest
+from llmkit.data.parts import Parts, finished
+from llmkit.data.places import LocalPlace, Place
+from llmkit.data.shards import shard_settings
 from llmkit.errors import UserError
 
 LOGS = "logs"  # datatrove's, in the shards' folder: of each task, and which of them have finished
@@ -74,7 +75,7 @@ def _logged_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def _killed_workers_noticed(directory: Path) -> Iterator[None]:
+def _killed_workers_noticed(place: Place) -> Iterator[None]:
     """Stop where the system has killed a local worker, as for memory: its pool would wait for the task for ever."""
     ended, killed = threading.Event(), threading.Event()
 
@@ -94,7 +95,7 @@ def _killed_workers_noticed(directory: Path) -> Iterator[None]:
         if not killed.is_set():
             raise
         raise UserError(
-            f"{directory}: a worker was killed, perhaps because the memory was full: give fewer --workers, and the "
+            f"{place}: a worker was killed, perhaps because the memory was full: give fewer --workers, and the "
             "command goes on with the tasks that have not finished"
         ) from None
     finally:
@@ -104,7 +105,7 @@ def _killed_workers_noticed(directory: Path) -> Iterator[None]:
 def prepare_in_tasks(
     corpus,
     tokenizer,
-    shard_dir: str | Path,
+    place: Place,
     *,
     executor: str,
     tasks: int,
@@ -134,18 +135,15 @@ def prepare_in_tasks(
         raise UserError(f"tasks ({tasks}), workers ({workers}) and num_workers ({num_workers}) have to be positive")
     options = _slurm_options(slurm) if executor == "slurm" else {}
     settings = shard_settings(corpus, tokenizer, validation_fraction, validation_split, shard_tokens)
-    directory = Path(shard_dir)
-    if (directory / MANIFEST).exists():
-        manifest = load_manifest(directory)
-        check_settings(directory, manifest.settings, settings)
+    if manifest := finished(place, settings):
         return manifest
-    with working_alone(directory):
-        parts = Parts(corpus, tokenizer, directory, settings, tasks, num_workers)
-    logs = directory.absolute() / LOGS
+    with place.alone():
+        parts = Parts(corpus, tokenizer, place, settings, tasks, num_workers)
+    logs = _logs(place)
     if executor == "slurm":
         _submit(parts, logs, workers, options)
         return None
-    how = {"tasks": tasks, "logging_dir": str(logs / "tasks")}
+    how = {"tasks": tasks, "logging_dir": str(logs / "tasks"), "skip_completed": isinstance(place, LocalPlace)}
     if executor == "local":
         run: PipelineExecutor = LocalPipelineExecutor(
             [PreparePart(parts)], workers=min(tasks, workers or os.cpu_count() or 1), **how
@@ -156,16 +154,26 @@ def prepare_in_tasks(
         ray.init(ignore_reinit_error=True)  # the cluster of RAY_ADDRESS, or this machine
         run = RayPipelineExecutor([PreparePart(parts)], workers=workers or -1, cpus_per_task=num_workers, **how)
     try:
-        with _killed_workers_noticed(directory):
+        with _killed_workers_noticed(place):
             run.run()
     finally:
         logger.enable("datatrove.executor")
-    if failed := run.get_incomplete_ranks():
+    if isinstance(place, LocalPlace) and (failed := run.get_incomplete_ranks()):
         raise UserError(
-            f"{directory}: {len(failed):,} of {tasks:,} tasks failed, the first is task {failed[0]} (its log is "
+            f"{place}: {len(failed):,} of {tasks:,} tasks failed, the first is task {failed[0]} (its log is "
             f"{logs}/tasks/logs/task_{failed[0]:05d}.log): mend it and give the command again, only these are run"
         )
     return parts.merge()
+
+
+def _logs(place: Place) -> Path:
+    """The folder of datatrove's logs, which may name users and paths and are not for others to read.
+
+    In a folder of shards they also say which tasks have finished. Behind a URL, the tasks' own records alone do.
+    """
+    if isinstance(place, LocalPlace):
+        return place.directory / LOGS
+    return Path(LOGS).absolute() / f"{place.name}-{hashlib.sha256(str(place).encode()).hexdigest()[:8]}"
 
 
 def _slurm_options(given: Sequence[str]) -> dict[str, str]:
@@ -187,8 +195,9 @@ def _submit(parts: Parts, logs: Path, workers: int | None, options: Mapping[str,
         "sbatch_args": others,
         # The jobs find this environment's commands, whether or not it was activated.
         "env_command": f'export PATH="{Path(sys.executable).parent}:$PATH"',
+        "skip_completed": isinstance(parts.place, LocalPlace),
     }
-    name = parts.directory.name
+    name = parts.place.name
     prepare = SlurmPipelineExecutor(
         [PreparePart(parts)],
         tasks=len(parts.corpora),

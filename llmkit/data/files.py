@@ -103,7 +103,7 @@ def open_file(file: str) -> OpenFile:
 
 
 @contextmanager
-def reading(file: str) -> Iterator[None]:
+def reading(file: str, what: str = "read") -> Iterator[None]:
     """Turn whatever file systems, decompressors and decoders raise into one line that names the file."""
     try:
         yield
@@ -111,7 +111,7 @@ def reading(file: str) -> Iterator[None]:
         raise
     except Exception as error:  # each library has its own, with no common base
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error or type(error).__name__
-        raise UserError(f"{file}: cannot be read: {reason}") from error
+        raise UserError(f"{file}: cannot be {what}: {reason}") from error
 
 
 def file_size(file: str) -> int:

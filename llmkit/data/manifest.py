@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.tokenizer import tokenizer_fingerprint
 from llmkit.errors import UserError
-from llmkit.files import checksum, write_json
+from llmkit.files import checksum
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "validation")
@@ -42,8 +42,12 @@ class Shard:
 
     def check_file(self, directory: Path, dtype: np.dtype) -> None:
         """Raise UserError if the file is missing or has another size; its contents are not read."""
-        path, expected = directory / self.name, self.tokens * dtype.itemsize
-        size = path.stat().st_size if path.exists() else None
+        path = directory / self.name
+        self.check_size(path.stat().st_size if path.exists() else None, path, dtype)
+
+    def check_size(self, size: int | None, path: Path | str, dtype: np.dtype) -> None:
+        """Raise UserError if the file has not the size that it should have; None for one that is missing."""
+        expected = self.tokens * dtype.itemsize
         if size != expected:
             found = "is missing" if size is None else f"has {size:,} bytes instead of {expected:,}"
             raise UserError(f"{path} {found}: delete the folder and prepare the shards again")
@@ -122,12 +126,11 @@ class Manifest:
                         "delete the folder and prepare the shards again"
                     )
 
-    def save(self) -> None:
-        """Write `manifest.json`, which makes the folder a dataset."""
+    def fields(self) -> dict:
+        """What `manifest.json` says. The folder is left out, so that it can be moved."""
         fields = asdict(self)
-        del fields["directory"]  # so that folders can be moved
-        assert self.directory is not None, "tokens in memory are not saved"
-        write_json(self.directory / MANIFEST, fields)
+        del fields["directory"]
+        return fields
 
 
 def _is_plain(name: str) -> bool:
@@ -151,21 +154,11 @@ def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | No
         unfinished = "its preparation did not finish: run it again" if begun else "no shards"
         raise UserError(f"{directory}: {unfinished} ({MANIFEST} is missing)")
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        splits = {
-            name: Split(**split | {"shards": [Shard(**shard) for shard in split["shards"]]})
-            for name, split in fields.pop("splits").items()
-        }
-        manifest = Manifest(directory=directory, splits=splits, **fields)
-        version = manifest.settings["format_version"]
-        manifest.check()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
-        raise UserError(f"{path}: not a manifest of token shards ({error}): choose another folder") from error
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: format version {version}, this llmkit reads {FORMAT_VERSION}: prepare the shards again"
-        )
-    for split in splits.values():
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    manifest = parse_manifest(data, path, directory)
+    for split in manifest.splits.values():
         for shard in split.shards:
             shard.check_file(directory, np.dtype(manifest.dtype))
     if tokenizer is not None:
@@ -175,4 +168,31 @@ def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | No
                 f"{directory}: its shards were made with another tokenizer (fingerprint {made_with}, not {given}): "
                 "use that tokenizer, or prepare shards with this one in another folder"
             )
+    return manifest
+
+
+def parse_manifest(data: bytes, path: Path | str, directory: Path | None) -> Manifest:
+    """What `manifest.json` holds, without a look at the shards.
+
+    Args:
+        path: where it was read, for messages.
+
+    Raises:
+        UserError: it is damaged, or of another version.
+    """
+    try:
+        fields = json.loads(data)
+        splits = {
+            name: Split(**split | {"shards": [Shard(**shard) for shard in split["shards"]]})
+            for name, split in fields.pop("splits").items()
+        }
+        manifest = Manifest(directory=directory, splits=splits, **fields)
+        version = manifest.settings["format_version"]
+        manifest.check()
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, StrictDataclassError) as error:
+        raise UserError(f"{path}: not a manifest of token shards ({error}): choose another folder") from error
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, this llmkit reads {FORMAT_VERSION}: prepare the shards again"
+        )
     return manifest

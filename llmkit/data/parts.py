@@ -13,11 +13,10 @@ is the business of `executors.py`.
 """
 
 import json
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
-from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
@@ -25,20 +24,14 @@ from transformers import PreTrainedTokenizerBase
 
 from llmkit.data.corpus import Corpus
 from llmkit.data.encoding import token_dtype
-from llmkit.data.manifest import JOURNAL, MANIFEST, PARTS, SPLITS, Manifest, Shard, load_manifest
+from llmkit.data.manifest import JOURNAL, MANIFEST, PARTS, SPLITS, Manifest, Shard
+from llmkit.data.places import LocalPlace, Place
 from llmkit.data.preparation import Preparation, check_settings
-from llmkit.data.shards import (
-    check_disk,
-    check_splits,
-    full_disk_is_user_error,
-    hold_out_whole,
-    save_manifest,
-    working_alone,
-)
+from llmkit.data.shards import check_disk, check_splits, hold_out_whole, make_manifest, shard_settings
 from llmkit.errors import UserError
-from llmkit.files import write_json
+from llmkit.files import json_bytes
 
-PLAN, PART = "plan.json", "part.json"
+PLAN = f"{PARTS}/plan.json"
 
 
 class Parts:
@@ -46,13 +39,13 @@ class Parts:
 
     Args:
         corpus, tokenizer: what is tokenized, and with what.
-        directory: the folder for the shards, which all tasks see under the same path.
+        place: where the shards come together; all tasks see it under the same name.
         settings: of the shards (`shard_settings`).
         tasks: into how many parts the corpus is divided.
         num_workers: threads of each task.
 
     Raises:
-        UserError: the corpus cannot be divided so often, the disk is too small, or the folder holds the parts of
+        UserError: the corpus cannot be divided so often, the disk is too small, or the place holds the parts of
             another preparation.
     """
 
@@ -60,39 +53,43 @@ class Parts:
         self,
         corpus: Corpus,
         tokenizer: PreTrainedTokenizerBase,
-        directory: Path,
+        place: Place,
         settings: dict,
         tasks: int,
         num_workers: int = 1,
     ):
-        self.corpora = corpus.divided(tasks)
-        self.corpus, self.tokenizer, self.directory = corpus, tokenizer, directory.absolute()
+        self.corpora = corpus.divided(tasks) if tasks > 1 else [corpus]
+        self.corpus, self.tokenizer, self.place = corpus, tokenizer, place
         self.settings, self.num_workers = settings, num_workers
-        if (directory / JOURNAL).exists():
+        if self._is_there(JOURNAL):
             raise UserError(
-                f"{directory}: its preparation by one process did not finish: give its command again, without "
+                f"{place}: its preparation by one process did not finish: give its command again, without "
                 "--executor, or delete the folder"
             )
-        plan = self._plan_file()
-        if not plan.exists():
-            check_disk(corpus, corpus.num_bytes(), tokenizer, directory, done=0)
+        is_planned = self._is_there(PLAN)
+        if not is_planned:
+            where = place.directory if isinstance(place, LocalPlace) else str(place)
+            check_disk(corpus, corpus.num_bytes(), tokenizer, where, done=0)
         # The whole corpus decides it: a part may have too few documents to tell.
         self.plan = settings | {"tasks": tasks, "whole_documents": hold_out_whole(corpus, settings)}
-        if plan.exists():
-            check_settings(directory, _read(plan), self.plan)
+        if is_planned:
+            check_settings(place, self._read(PLAN), self.plan)
         else:
-            plan.parent.mkdir(parents=True, exist_ok=True)
-            write_json(plan, self.plan)
+            place.write(PLAN, json_bytes(self.plan))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.corpus.description}, {len(self.corpora)} tasks)"
 
-    def _plan_file(self) -> Path:
-        return self.directory / PARTS / PLAN
+    def _is_there(self, name: str) -> bool:
+        return self.place.size(name) is not None
 
-    def folder(self, task: int) -> Path:
-        """Where a task writes."""
-        return self.directory / PARTS / f"{task:05d}"
+    def _read(self, name: str) -> dict:
+        try:
+            return dict(json.loads(self.place.read(name)))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise UserError(
+                f"{self.place}/{name} is damaged ({error}): delete its folder and prepare the shards again"
+            ) from error
 
     def prepare(self, task: int) -> dict[str, list[Shard]]:
         """Do the work of a task, or what is left of it. Returns the shards of its part.
@@ -100,24 +97,25 @@ class Parts:
         Raises:
             UserError: text that cannot be read, a full disk, a folder that was made with other settings.
         """
-        folder = self.folder(task)
-        with working_alone(folder), full_disk_is_user_error(folder):
-            if not (folder / PART).exists():
+        with self.place.working(_folder(task)) as (folder, finished):
+            if not self._is_there(_record(task)):
                 settings = self.plan | {"task": task}
-                with closing(Preparation(self.corpora[task], self.tokenizer, folder, settings)) as preparation:
+                with closing(
+                    Preparation(self.corpora[task], self.tokenizer, folder, settings, finished)
+                ) as preparation:
                     preparation.write(self.plan["whole_documents"], self.num_workers, tqdm(disable=True))
                     shards = preparation.finish()
-                part = {split: [asdict(shard) for shard in finished] for split, finished in shards.items()}
-                write_json(folder / PART, {"settings": settings, "shards": part})
+                part = {split: [asdict(shard) for shard in written] for split, written in shards.items()}
+                self.place.write(_record(task), json_bytes({"settings": settings, "shards": part}))
         return self._shards(task)
 
     def _shards(self, task: int) -> dict[str, list[Shard]]:
-        part = _read(self.folder(task) / PART)
+        part, name = self._read(_record(task)), f"{self.place}/{_record(task)}"
         try:
-            check_settings(self.folder(task), part["settings"], self.plan | {"task": task})
+            check_settings(name, part["settings"], self.plan | {"task": task})
             return {split: [Shard(**shard) for shard in part["shards"][split]] for split in SPLITS}
         except (TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-            raise UserError(f"{self.folder(task) / PART} is damaged ({error}): delete {self.directory}") from error
+            raise UserError(f"{name} is damaged ({error}): delete {self.place}") from error
 
     def merge(self) -> Manifest:
         """Check the parts of all tasks, and make one dataset of them. Killed in the middle, it can be done again.
@@ -125,41 +123,85 @@ class Parts:
         Raises:
             UserError: a task has not finished, a shard is missing or truncated, a split is empty.
         """
-        with working_alone(self.directory):
-            if not (self.directory / MANIFEST).exists():
+        with self.place.alone():
+            if not self._is_there(MANIFEST):
                 moves = list(self._moves())
                 shards = {split: [shard for of, _, shard in moves if of == split] for split in SPLITS}
                 check_splits(self.corpus, shards, self.settings["validation_fraction"])
                 for _, source, shard in moves:
-                    if source.exists():
-                        source.replace(self.directory / shard.name)
-                save_manifest(self.corpus, self.tokenizer, self.directory, self.settings, shards)
-            shutil.rmtree(self.directory / PARTS, ignore_errors=True)
-        return load_manifest(self.directory)
+                    if self._is_there(source):
+                        self.place.move(source, shard.name)
+                manifest = make_manifest(self.corpus, self.tokenizer, self.settings, shards, None)
+                self.place.write(MANIFEST, json_bytes(manifest.fields()))
+            self.place.remove(PARTS)
+        return self.place.manifest()
 
-    def _moves(self) -> Iterator[tuple[str, Path, Shard]]:
+    def _moves(self) -> Iterator[tuple[str, str, Shard]]:
         """Each shard's split, its file in the folder of its task, and what it is called in the end."""
-        if missing := [task for task in range(len(self.corpora)) if not (self.folder(task) / PART).exists()]:
+        if missing := [task for task in range(len(self.corpora)) if not self._is_there(_record(task))]:
             raise UserError(
-                f"{self.directory}: {len(missing):,} of {len(self.corpora):,} tasks have not finished (the first is "
+                f"{self.place}: {len(missing):,} of {len(self.corpora):,} tasks have not finished (the first is "
                 f"{missing[0]}): give the command again, and only these are run"
             )
         dtype, count = token_dtype(self.tokenizer), dict.fromkeys(SPLITS, 0)
         for task in range(len(self.corpora)):
             for split, shards in self._shards(task).items():
                 for shard in shards:
-                    source = self.folder(task) / shard.name
-                    if source.exists():
-                        shard.check_file(source.parent, dtype)
-                    shard.name = f"{split}_{count[split]:05d}.bin"
+                    source, name = f"{_folder(task)}/{shard.name}", f"{split}_{count[split]:05d}.bin"
                     count[split] += 1
-                    if not source.exists():  # a merge that was killed has moved it
-                        shard.check_file(self.directory, dtype)
+                    size = self.place.size(source)
+                    if size is not None:
+                        shard.check_size(size, f"{self.place}/{source}", dtype)
+                    else:  # a merge that was killed has moved it
+                        shard.check_size(self.place.size(name), f"{self.place}/{name}", dtype)
+                    shard.name = name
                     yield split, source, shard
 
 
-def _read(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}): delete its folder and prepare the shards again") from error
+def prepare_alone(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    place: Place,
+    *,
+    validation_fraction: float,
+    validation_split: str,
+    shard_tokens: int = 100_000_000,
+    num_workers: int | None = None,
+) -> Manifest:
+    """`prepare_shards` for any place: this process does the only task. The shards are the same.
+
+    Raises:
+        UserError: what `prepare_shards` refuses, and a place that cannot be written to.
+    """
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers is {num_workers}: give 1 or more threads")
+    settings = shard_settings(corpus, tokenizer, validation_fraction, validation_split, shard_tokens)
+    if manifest := finished(place, settings):
+        return manifest
+    parts = Parts(corpus, tokenizer, place, settings, 1, num_workers or os.cpu_count() or 1)
+    parts.prepare(0)
+    return parts.merge()
+
+
+def finished(place: Place, settings: dict) -> Manifest | None:
+    """The manifest where all is done; what a merge leaves that is killed at its end is removed.
+
+    Raises:
+        UserError: the shards were made with other settings.
+    """
+    if place.size(MANIFEST) is None:
+        return None
+    manifest = place.manifest()
+    check_settings(place, manifest.settings, settings)
+    place.remove(PARTS)
+    place.remove(f"{MANIFEST}.tmp")
+    return manifest
+
+
+def _folder(task: int) -> str:
+    return f"{PARTS}/{task:05d}"
+
+
+def _record(task: int) -> str:
+    """Says that a task is done, and what its shards are."""
+    return f"{_folder(task)}/part.json"

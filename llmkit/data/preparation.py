@@ -10,6 +10,7 @@ same bytes as one that was not.
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from llmkit.errors import UserError
 from llmkit.files import write_json
 
 
-def check_settings(directory: Path, found: dict, wanted: dict) -> None:
+def check_settings(directory: object, found: dict, wanted: dict) -> None:
     different = [
         f"another {name}" if name in ("corpus", "tokenizer") else f"{name} {found.get(name)} instead of {value}"
         for name, value in wanted.items()
@@ -43,7 +44,15 @@ def check_settings(directory: Path, found: dict, wanted: dict) -> None:
 class Preparation:
     """One process's work on a folder whose lock it holds. The first `documents` of the corpus are in the files."""
 
-    def __init__(self, corpus: Corpus, tokenizer: PreTrainedTokenizerBase, directory: Path, settings: dict):
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: PreTrainedTokenizerBase,
+        directory: Path,
+        settings: dict,
+        finished: Callable[[Path], None] | None = None,
+    ):
+        self.finished = finished  # called with each shard that is full, under its name
         self.corpus, self.directory, self.settings = corpus, directory, settings
         self.dtype = token_dtype(tokenizer)
         self.unknown_id = unknown_token_id(tokenizer)
@@ -123,5 +132,7 @@ class Preparation:
         shards = {split: [asdict(shard) for shard in writer.shards] for split, writer in self.writers.items()}
         journal = {"settings": self.settings, "documents": self.documents, "shards": shards}
         write_json(self.directory / JOURNAL, journal)
-        for partial, finished in closed:
-            partial.replace(finished)
+        for partial, shard in closed:
+            partial.replace(shard)
+            if self.finished:
+                self.finished(shard)

@@ -1,10 +1,12 @@
 """The tokenizer and the token shards of a pretraining run, made on the first run and found on the next."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,12 +17,14 @@ from llmkit.console import say
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import Corpus, open_corpus
 from llmkit.data.files import is_remote
-from llmkit.data.manifest import JOURNAL, MANIFEST, SPLITS, Manifest, load_manifest, write_json
+from llmkit.data.manifest import JOURNAL, MANIFEST, SPLITS, Manifest, load_manifest
 from llmkit.data.mixture import MixedWindows
+from llmkit.data.places import RemotePlace
 from llmkit.data.shards import prepare_shards
 from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer, train_character_tokenizer
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
+from llmkit.files import write_json
 
 # A vocabulary of 50k is settled by a few hundred megabytes; more text costs time and changes little.
 TOKENIZER_TRAINING_CHARACTERS = 300_000_000
@@ -75,6 +79,32 @@ def prepare_windows(
         for split in SPLITS
     )
     return tokenizer, train, validation
+
+
+def prepare_at(
+    args: DataArguments, url: str, make: Callable[[Corpus, PreTrainedTokenizerBase, RemotePlace], Manifest | None]
+) -> Manifest | None:
+    """Prepare shards behind a URL: `make` does it, with the tokenizer that is there or is put there first.
+
+    Raises:
+        UserError: the URL cannot be written to, or holds something else; what `opened_source` and `make` refuse.
+    """
+    place = RemotePlace(url)
+    names = place.names()
+    with tempfile.TemporaryDirectory(prefix="llmkit-shards-") as folder:
+        if SOURCE in names:
+            for name in names:
+                if name == SOURCE or name.startswith(f"{TOKENIZER}/"):
+                    path = Path(folder, name)
+                    path.parent.mkdir(exist_ok=True)
+                    path.write_bytes(place.read(name))
+        elif others := [name for name in names if not name.startswith(f"{TOKENIZER}/")]:
+            raise UserError(f"{url} holds other files, such as {others[0]}: give an empty folder, or a new one")
+        with opened_source(dataclasses.replace(args, data_dir=folder)) as (corpus, tokenizer, directory):
+            if SOURCE not in names:  # last, for with it the tokenizer is whole
+                for path in (*sorted(directory.glob(f"{TOKENIZER}/*")), directory / SOURCE):
+                    place.upload(path, path.relative_to(directory).as_posix())
+            return make(corpus, tokenizer, place)
 
 
 @contextmanager

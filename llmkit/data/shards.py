@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -31,6 +32,7 @@ from llmkit.data.preparation import Preparation, check_settings
 from llmkit.data.shard_writer import partial_files
 from llmkit.data.tokenizer import tokenizer_fingerprint
 from llmkit.errors import UserError
+from llmkit.files import write_json
 
 LOCK = ".lock"
 SAMPLE_CHARACTERS = 1 << 20  # read beforehand to estimate how many tokens there will be
@@ -59,12 +61,8 @@ def prepare_shards(
     Raises:
         UserError: what is in the folder was made from something else, the disk is too small, a split is empty.
     """
-    if not 0 < validation_fraction < 1:
-        raise UserError(f"validation_fraction is {validation_fraction}: it lies between 0 and 1, such as 0.01")
-    if validation_split not in ("document", "tail"):
-        raise UserError(f"validation_split is {validation_split!r}: give document or tail")
-    if shard_tokens < 1 or (num_workers is not None and num_workers < 1):
-        raise UserError(f"shard_tokens ({shard_tokens}) and num_workers ({num_workers}) have to be positive")
+    if num_workers is not None and num_workers < 1:
+        raise UserError(f"num_workers is {num_workers}: give 1 or more threads")
     settings = shard_settings(corpus, tokenizer, validation_fraction, validation_split, shard_tokens)
     directory = Path(shard_dir)
     if not (directory / MANIFEST).exists():
@@ -88,7 +86,17 @@ def shard_settings(
     validation_split: str,
     shard_tokens: int,
 ) -> dict:
-    """What decides the tokens in a folder of shards, and their files."""
+    """What decides the tokens in a folder of shards, and their files.
+
+    Raises:
+        UserError: a setting that cannot be.
+    """
+    if not 0 < validation_fraction < 1:
+        raise UserError(f"validation_fraction is {validation_fraction}: it lies between 0 and 1, such as 0.01")
+    if validation_split not in ("document", "tail"):
+        raise UserError(f"validation_split is {validation_split!r}: give document or tail")
+    if shard_tokens < 1:
+        raise UserError(f"shard_tokens is {shard_tokens}: give 1 or more tokens")
     return {
         "format_version": FORMAT_VERSION,
         "corpus": corpus.fingerprint(),
@@ -148,24 +156,25 @@ def _prepare(
         written = {split: writer.shards for split, writer in preparation.writers.items()}
         check_splits(corpus, written, settings["validation_fraction"])
         shards = preparation.finish()
-    save_manifest(corpus, tokenizer, directory, settings, shards)
+    write_json(directory / MANIFEST, make_manifest(corpus, tokenizer, settings, shards, directory).fields())
     for path in [*partial_files(directory), directory / JOURNAL]:
         path.unlink()
 
 
 def check_disk(
-    corpus: Corpus, num_bytes: int | None, tokenizer: PreTrainedTokenizerBase, directory: Path, done: int
+    corpus: Corpus, num_bytes: int | None, tokenizer: PreTrainedTokenizerBase, place: Path | str, done: int
 ) -> None:
     """Say what disk space is needed, going by the first documents.
 
     Args:
         num_bytes: of the corpus; None if that is not known.
+        place: the folder for the shards, or a URL, of which nobody knows how much is free.
         done: bytes of text that have been tokenized already.
 
     Raises:
         UserError: there is too little of it.
     """
-    free = shutil.disk_usage(directory).free
+    free = shutil.disk_usage(place).free if isinstance(place, Path) else math.inf
     sample, characters = [], 0
     for text in itertools.chain.from_iterable(corpus.in_pieces()):
         sample.append(text)
@@ -174,18 +183,18 @@ def check_disk(
             break
     for remark in corpus.remarks:
         print(f"shards: {remark}", flush=True)
-    text, place = corpus.description, f"{directory} ({_size(free)} free)"
+    text, where = corpus.description, str(place) if math.isinf(free) else f"{place} ({_size(free)} free)"
     if num_bytes is None or not sample:
-        say(f"shards: {text}, size unknown, to {place}")
+        say(f"shards: {text}, size unknown, to {where}")
         return
     encode, _ = fastest_encoder(tokenizer)
     tokens_per_byte = sum(map(len, encode(sample))) / sum(len(text.encode()) for text in sample)
     tokens = num_bytes * tokens_per_byte
     need = max(0, num_bytes - done) * tokens_per_byte * token_dtype(tokenizer).itemsize
-    say(f"shards: {text}, {_size(num_bytes)}, about {tokens:,.0f} tokens: {_size(need)} to write to {place}")
+    say(f"shards: {text}, {_size(num_bytes)}, about {tokens:,.0f} tokens: {_size(need)} to write to {where}")
     if need > free:
         raise UserError(
-            f"{directory}: the shards need about {_size(need)} and the disk has {_size(free)} free: "
+            f"{place}: the shards need about {_size(need)} and the disk has {_size(free)} free: "
             "free some space or choose a folder on another disk"
         )
 
@@ -224,15 +233,15 @@ def check_splits(corpus: Corpus, shards: dict[str, list[Shard]], fraction: float
         print(f"shards: {unknown:,} characters are not in the vocabulary, they became the unknown token", flush=True)
 
 
-def save_manifest(
+def make_manifest(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
     settings: dict,
     shards: dict[str, list[Shard]],
-) -> None:
-    """Make a folder of finished shards a dataset."""
-    Manifest(
+    directory: Path | None,
+) -> Manifest:
+    """The manifest of finished shards, which makes their folder a dataset when it is written there."""
+    return Manifest(
         directory,
         dtype=token_dtype(tokenizer).name,
         vocab_size=len(tokenizer),
@@ -240,7 +249,7 @@ def save_manifest(
         corpus=corpus.description,
         settings=settings,
         splits={split: Split.of(finished) for split, finished in shards.items()},
-    ).save()
+    )
 
 
 def _progress_bar(num_bytes: int | None, done: int) -> tqdm:

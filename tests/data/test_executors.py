@@ -13,6 +13,7 @@ from test_shards import DOCUMENTS, contents
 from llmkit.cli import main
 from llmkit.data.corpus import open_corpus
 from llmkit.data.parts import Parts
+from llmkit.data.places import LocalPlace
 from llmkit.data.tokenizer import load_tokenizer
 from llmkit.errors import UserError
 
@@ -82,7 +83,7 @@ class KilledOnce(Parts):
     """Parts of which one task is killed, as by a system without memory."""
 
     def prepare(self, task):
-        mark = self.directory.parent / "killed"
+        mark = self.place.directory.parent / "killed"
         if task == 1 and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -191,7 +192,7 @@ def test_slurm_that_is_not_there_is_one_line(texts, monkeypatch):
         prepare_in_tasks(
             open_corpus(["texts"]),
             load_tokenizer("mine/tokenizer"),
-            "other",
+            LocalPlace(Path("other")),
             executor="slurm",
             tasks=2,
             slurm=["partition=cpu", "time=1:00"],

@@ -12,6 +12,7 @@ from test_shards import DOCUMENTS, ListCorpus, contents, texts_of
 from llmkit.data.corpus import open_corpus
 from llmkit.data.manifest import JOURNAL, PARTS, load_manifest
 from llmkit.data.parts import Parts
+from llmkit.data.places import LocalPlace
 from llmkit.data.shard_writer import ShardWriter
 from llmkit.data.shards import prepare_shards, shard_settings
 from llmkit.data.tokenizer import train_bpe_tokenizer
@@ -45,7 +46,7 @@ def corpus(texts):
 
 def make_parts(corpus, bpe, directory, tasks=TASKS, **settings):
     directory.mkdir(exist_ok=True)
-    return Parts(corpus, bpe, directory, shard_settings(corpus, bpe, **SETTINGS | settings), tasks)
+    return Parts(corpus, bpe, LocalPlace(directory), shard_settings(corpus, bpe, **SETTINGS | settings), tasks)
 
 
 def made(corpus, bpe, directory, order=range(TASKS)):
@@ -157,9 +158,9 @@ def test_a_merge_that_died_goes_on_and_ends_with_the_same_bytes(corpus, bpe, tmp
     replace, moved = type(tmp_path).replace, []
 
     def die(path, target):
-        if target.parent == parts.directory and len(moved) == 2:
+        if target.parent == parts.place.directory and len(moved) == 2:
             raise Died
-        moved.extend([target] if target.parent == parts.directory else [])
+        moved.extend([target] if target.parent == parts.place.directory else [])
         return replace(path, target)
 
     with monkeypatch.context() as patch:
@@ -177,14 +178,14 @@ def test_a_merge_refuses_what_is_not_whole(corpus, bpe, tmp_path):
     with pytest.raises(UserError, match="1 of 3 tasks have not finished .the first is 1"):
         parts.merge()
     parts.prepare(1)
-    shard = parts.folder(2) / "train_00000.bin"
+    shard = parts.place.directory / "parts/00002/train_00000.bin"
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(UserError, match="train_00000.bin has .* bytes instead of"):
         parts.merge()
-    (parts.folder(0) / "part.json").write_text("[")
+    (parts.place.directory / "parts/00000/part.json").write_text("[")
     with pytest.raises(UserError, match="part.json is damaged"):
         parts.merge()
-    assert not list(parts.directory.glob("*.bin"))
+    assert not list(parts.place.directory.glob("*.bin"))
 
 
 def test_a_preparation_is_not_mixed_with_another(corpus, bpe, tmp_path):
