@@ -30,9 +30,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from llmkit.data.corpus import Corpus
+from llmkit.data.readers import split_document
 from llmkit.data.sample_data import stdlib_sources
 from llmkit.data.shards import prepare_shards
-from llmkit.data.tokenizer import load_tokenizer, split_document, train_bpe_tokenizer
+from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer
 from loops import SHAPES, make_llmkit_trainer
 from measuring import add_options, machine, print_table, report, take_turns, use_threads
 

@@ -4,7 +4,6 @@ import ctypes
 import logging
 import os
 import platform
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,49 +11,12 @@ from accelerate.utils import gather_object
 
 from llmkit.console import say
 from llmkit.errors import UserError
+from llmkit.gpus import GPUS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from llmkit.training.run_arguments import RunArguments
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What NVIDIA's datasheet says of a GPU.
-
-    Attributes:
-        peak: dense bfloat16 matrix products, in FLOP/s.
-        memory: in bytes.
-    """
-
-    peak: float
-    memory: float
-
-
-# By the whole name that the driver gives. A name that is not here has no MFU rather than a wrong one: an L40 is no L4,
-# and a laptop's GPU is not the desktop's of its number.
-GPUS = {
-    "NVIDIA GB200": Gpu(2500e12, 186e9),
-    "NVIDIA B200": Gpu(2250e12, 180e9),
-    "NVIDIA H200": Gpu(989e12, 141e9),
-    "NVIDIA GH200 480GB": Gpu(989e12, 96e9),
-    "NVIDIA H100 80GB HBM3": Gpu(989e12, 80e9),
-    "NVIDIA H100 NVL": Gpu(835e12, 94e9),
-    "NVIDIA H100 PCIe": Gpu(756e12, 80e9),
-    "NVIDIA A100-SXM4-40GB": Gpu(312e12, 40e9),
-    "NVIDIA A100-SXM4-80GB": Gpu(312e12, 80e9),
-    "NVIDIA A100-PCIE-40GB": Gpu(312e12, 40e9),
-    "NVIDIA A100 80GB PCIe": Gpu(312e12, 80e9),
-    "NVIDIA L40S": Gpu(362e12, 48e9),
-    "NVIDIA L40": Gpu(181e12, 48e9),
-    "NVIDIA L4": Gpu(121e12, 24e9),
-    "NVIDIA A10G": Gpu(70e12, 24e9),
-    "NVIDIA A10": Gpu(125e12, 24e9),
-    "NVIDIA GeForce RTX 5090": Gpu(210e12, 32e9),
-    "NVIDIA GeForce RTX 4090": Gpu(165e12, 24e9),
-    "NVIDIA GeForce RTX 3090": Gpu(71e12, 24e9),
-}
 
 
 # Parameters below which text is generated on one thread of a CPU. On two busy cores (load 9 to 14) a model of 1.2

@@ -14,10 +14,16 @@ from pathlib import Path
 
 import llmkit
 from llmkit.errors import UserError
-from llmkit.paths import existing_path
+from llmkit.paths import check_names, existing_path
 from llmkit.recipe_fields import WrittenField, written_dataclass, written_fields
 
 WIDTH = 100  # of the help
+
+# The dataclasses whose modules import no torch. All others' own checks come after the heavy imports.
+LIGHT = ("llmkit.data.arguments.DataArguments", "llmkit.model.arguments.ModelArguments")
+# Fields that name a file or folder, or what is on the Hub; and fields that list files.
+PATHS = ("adapter", "dataset_name", "init_from", "model", "tokenizer")
+FILES = ("data_files", "text_files")
 
 
 @dataclass(frozen=True)
@@ -134,12 +140,28 @@ def check_recipe(kind: RecipeKind, argv: Sequence[str], default_config: Path | s
 
     try:
         written = [written_dataclass(name) for name in kind.dataclasses]
-        *_, args = RecipeParser(written, default_config).parse(list(argv))
+        parsed = RecipeParser(written, default_config).parse(list(argv))
     except UserError as error:
         if other := _other_kind(kind, argv, default_config):
             raise UserError(f"{error}. This looks like a recipe for `llmkit {other.command}`") from error
         raise
-    check_ranges(args)
+    check_ranges(parsed[-1])
+    for name, values in zip(kind.dataclasses, parsed, strict=True):
+        _check_values(name, values)
+
+
+def _check_values(dotted: str, values: object) -> None:
+    """Refuse what a dataclass refuses where its module imports no torch; of any, files and folders not there."""
+    given = vars(values)
+    if dotted in LIGHT:
+        module, _, name = dotted.rpartition(".")
+        getattr(importlib.import_module(module), name)(**given)
+    check_names(values, *(name for name in PATHS if name in given))
+    for name in FILES:
+        if given.get(name):
+            from llmkit.data.files import check_there
+
+            check_there(given[name], name)
 
 
 def _other_kind(kind: RecipeKind | None, argv: Sequence[str], default_config: Path | str) -> RecipeKind | None:

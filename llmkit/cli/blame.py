@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.runs.run import load_run
 
 
 def add_commands(nouns) -> None:
@@ -16,18 +17,18 @@ def add_commands(nouns) -> None:
 
 
 def _blame(args: argparse.Namespace) -> None:
-    from llmkit.data.lookup import documents_of
-    from llmkit.data.mixture import windows_of_record
-    from llmkit.data.prepare import TOKENIZER
-    from llmkit.data.tokenizer import load_tokenizer
-    from llmkit.runs.run import load_run
-    from llmkit.training.batch_ramp import Batches
-
     record = load_run(args.run).record
     if "block_size" not in record["data"]:
         raise UserError(f"{args.run} was not trained on token shards: blame is for pretraining runs")
     if not 1 <= args.step <= record["steps"]:
         raise UserError(f"step={args.step}: the run has steps 1 to {record['steps']:,}")
+
+    from llmkit.data.lookup import documents_of
+    from llmkit.data.mixture import windows_of_record
+    from llmkit.data.prepare import TOKENIZER
+    from llmkit.data.tokenizer import load_tokenizer
+    from llmkit.training.batch_ramp import Batches
+
     settings = record["defaults"] | record["arguments"]
     block_size, ranks = record["data"]["block_size"], record["machine"]["ranks"]
     windows = windows_of_record(record["data"], "train", block_size)

@@ -218,15 +218,18 @@ def _prepare_shards(args: argparse.Namespace) -> None:
     in_tasks = _task_options(args)
     if args.tokenizer not in ("bpe", "character"):
         args.tokenizer = _tokenizer_path(args.tokenizer)
-
-    from llmkit.data.files import is_remote
-    from llmkit.data.prepare import prepare_pretraining_data
-
     how = {name: getattr(args, name) for name in ("shard_tokens", "num_workers") if getattr(args, name) is not None}
     fields = {
         field.name: getattr(args, field.name) for field in dataclasses.fields(DataArguments) if field.name in args
     }
     data_args = DataArguments(**fields)
+
+    from llmkit.data.files import check_there, is_remote
+
+    check_there(data_args.text_files or ())
+
+    from llmkit.data.prepare import prepare_pretraining_data
+
     if is_remote(args.output) or in_tasks:
         manifest = _prepare_parts(data_args, args.output, in_tasks, how)
         if manifest is None:  # Slurm has the jobs

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from llmkit.console import shown
 from llmkit.errors import UserError
-from llmkit.paths import checkpoint_path
+from llmkit.paths import checkpoint_path, existing_path
 from llmkit.runs.metrics import METRICS
 
 # Windows of a model that reads more than this: longer ones cost memory, and few texts are long enough to gain by them.
@@ -121,6 +121,14 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"output={args.output} is there already: choose another file or delete it")
     if args.output and not Path(args.output).absolute().parent.is_dir():
         raise UserError(f"output={args.output}: its folder does not exist: make it, or choose another file")
+    if args.data_dir:
+        existing_path(args.data_dir)
+    if args.text_files:
+        from llmkit.data.files import check_there
+
+        check_there(args.text_files)
+    if args.hellaswag and args.hellaswag != "hub":
+        existing_path(args.hellaswag)
 
 
 def _shards(checkpoint: str, data_dir: str | None):

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 
 from llmkit.errors import UserError
+from llmkit.gpus import find_gpu
 from llmkit.recipe_kinds import kind_of, parse_recipe, recipe_path
 
 
@@ -78,6 +79,8 @@ def _plan(given: argparse.Namespace) -> None:
         raise UserError(f"dollars_per_hour={args.dollars_per_hour}: must be at least 0")
     if args.measure and (args.gpu or args.gpus > 1):
         raise UserError("--measure is for this machine with one device: leave out --gpu and --gpus")
+    if args.gpu is not None:
+        find_gpu(args.gpu)
 
     path = recipe_path(args.recipe)
     kind = kind_of(path, fields)

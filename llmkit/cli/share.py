@@ -69,7 +69,7 @@ def add_commands(nouns) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    checkpoint = str(existing_path(args.checkpoint))
+    checkpoint = checkpoint_path(str(existing_path(args.checkpoint)))
 
     from transformers.utils.logging import disable_progress_bar
 

@@ -25,9 +25,15 @@ from llmkit.data.files import (
     remote_version,
     table_kind,
 )
-from llmkit.data.readers import TextFile, read_table, row_group_bytes, rows_of_arrow, table_text_bytes
+from llmkit.data.readers import (
+    TextFile,
+    read_table,
+    row_group_bytes,
+    rows_of_arrow,
+    split_document,
+    table_text_bytes,
+)
 from llmkit.data.sample_data import stdlib_sources
-from llmkit.data.tokenizer import split_document
 from llmkit.errors import UserError
 from llmkit.hub_access import ask_hub_once
 

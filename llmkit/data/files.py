@@ -42,7 +42,7 @@ def find_files(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
     for pattern in patterns:
         if not pattern.strip() or "\0" in pattern:
             raise UserError(f"text_files: {pattern!r} is no path: give a file, a folder, a glob or a URL")
-        files, is_folder = _remote_files(pattern) if is_remote(pattern) else _local_files(pattern)
+        files, is_folder = _remote_files(pattern) if is_remote(pattern) else _local_files(pattern, "text_files")
         problems = {file: problem for file in files if (problem := _problem(file))}
         if problems and not is_folder:
             file, problem = next(iter(problems.items()))
@@ -59,6 +59,20 @@ def find_files(patterns: Sequence[str]) -> tuple[list[str], list[str]]:
     if len(files) < len(found):
         remarks.append(f"{len(found) - len(files):,} files were named more than once and are read once")
     return files, remarks
+
+
+def check_there(patterns: Sequence[str], field: str = "text_files") -> None:
+    """Refuse files on this machine that are not there, without opening any.
+
+    Args:
+        field: what the patterns were given as.
+
+    Raises:
+        UserError: the line names the first one.
+    """
+    for pattern in patterns:
+        if not is_remote(pattern) and not os.path.isdir(os.path.expanduser(pattern)):
+            _local_files(pattern, field)
 
 
 def is_remote(name: str) -> bool:
@@ -162,7 +176,7 @@ def _info(url: str) -> dict:
     return fs.info(path)
 
 
-def _local_files(pattern: str) -> tuple[list[str], bool]:
+def _local_files(pattern: str, field: str) -> tuple[list[str], bool]:
     path = os.path.abspath(os.path.expanduser(pattern))
     is_folder = os.path.isdir(path)
     if is_folder:
@@ -174,7 +188,7 @@ def _local_files(pattern: str) -> tuple[list[str], bool]:
     if not files:
         problem = "there is no file" if is_folder or not glob.has_magic(pattern) else "no file matches"
         where = "in" if is_folder else ""
-        raise UserError(f"text_files: {problem} {where} {pattern}: check the path, it is relative to {os.getcwd()}")
+        raise UserError(f"{field}: {problem} {where} {pattern}: check the path, it is relative to {os.getcwd()}")
     return files, is_folder
 
 

@@ -20,11 +20,25 @@ _MIB = 1 << 20
 _BLOCK = 1 << 18
 # Up to the last word in a block that white space follows: see `split_document`.
 _WHOLE_WORDS = re.compile(r"(?s:.*)\S(?=[ \n])")
+_WORD_END = re.compile(r"\S(?=[ \n])")
 _ROWS_WITHOUT_COLUMN = 1000  # of JSON, where a row may lack any key, before the column is taken for a mistake
 # Bytes of a row of JSON, and characters of text without white space: both are read whole, and take a process several
 # times as much memory.
 LONGEST = 1 << 26
 _SPACE = re.compile(r"[ \t\n\r]*")  # JSON's
+
+
+def split_document(document: str, size: int = 1 << 16) -> Iterator[str]:
+    """Cut a long document into pieces of about `size` characters that together have the ids of the whole.
+
+    Holds for a character tokenizer and for GPT-2's pre-tokenization: the cut falls between a word and the white
+    space after it, where every pre-token ends. A text without such a place stays whole.
+    """
+    start = 0
+    while len(document) - start > size and (cut := _WORD_END.search(document, start + size)):
+        yield document[start : cut.end()]
+        start = cut.end()
+    yield document[start:]
 
 
 class TextFile:

@@ -7,8 +7,7 @@ llmkit.
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -16,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, GPT2Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llmkit.data.arguments import check_vocab_size
+from llmkit.data.readers import split_document
 from llmkit.errors import UserError, reason
 from llmkit.hub_access import ask_hub_once
 from llmkit.paths import local_path
@@ -179,22 +179,6 @@ def document_encoder(tokenizer: PreTrainedTokenizerBase) -> tokenizers.Tokenizer
     encoder.post_processor = None
     encoder.encode_special_tokens = True
     return encoder
-
-
-def split_document(document: str, size: int = 1 << 16) -> Iterator[str]:
-    """Cut a long document into pieces of about `size` characters that together have the ids of the whole.
-
-    Holds for a character tokenizer and for GPT-2's pre-tokenization: the cut falls between a word and the white
-    space after it, where every pre-token ends. A text without such a place stays whole.
-    """
-    start = 0
-    while len(document) - start > size and (cut := _WORD_END.search(document, start + size)):
-        yield document[start : cut.end()]
-        start = cut.end()
-    yield document[start:]
-
-
-_WORD_END = re.compile(r"\S(?=[ \n])")
 
 
 def unknown_token_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -1,21 +1,24 @@
-"""The model that a recipe describes: its shape, or the checkpoint it starts from."""
+"""The model that a recipe describes: its shape, or the checkpoint it starts from.
+
+Imports no torch before a model is made: a mistake in its shape is answered at once.
+"""
 
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
-
-import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerBase, set_seed
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from typing import TYPE_CHECKING, ClassVar
 
 from llmkit.errors import UserError
 from llmkit.hub_access import ask_hub_once
-from llmkit.model.configuration_gpt2 import GPT2Config
-from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
+from llmkit.model.sizes import check_heads, preset_sizes
 from llmkit.paths import check_names
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from llmkit.model.configuration_gpt2 import GPT2Config
+    from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 
 SHAPE = ("n_layer", "n_head", "n_embd", "block_size")
 
@@ -55,19 +58,40 @@ class ModelArguments:
         # A relative path may be a name on the Hub for whoever reads the run's record elsewhere.
         if self.init_from is not None and os.path.isdir(self.init_from):
             self.init_from = os.path.abspath(self.init_from)
+        self._check_shape()
 
-    def config(self) -> GPT2Config:
-        """The model's configuration, but for the vocabulary: see `GPT2Config.for_tokenizer`.
-
-        Raises:
-            UserError: sizes that make no model, or a shape together with `init_from`.
-        """
-        shape = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "n_positions": self.block_size}
-        shape = {key: value for key, value in shape.items() if value is not None}
+    def _check_shape(self) -> None:
+        shape = self._shape()
         if bad := [f"{key}={value}" for key, value in shape.items() if value < 1]:
             raise UserError(f"{', '.join(bad)}: must be at least 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout}: it lies between 0 and 1")
+        if self.init_from is not None:
+            if self.preset or shape.keys() - {"n_positions"}:
+                raise UserError("init_from brings its own shape: leave out preset, n_layer, n_head and n_embd")
+            return
+        try:
+            sizes = preset_sizes(self.preset or "124M") | shape
+            check_heads(sizes["n_embd"], sizes["n_head"])
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+    def _shape(self) -> dict[str, int]:
+        """The sizes that are stated, under the configuration's names."""
+        shape = {"n_layer": self.n_layer, "n_head": self.n_head, "n_embd": self.n_embd, "n_positions": self.block_size}
+        return {key: value for key, value in shape.items() if value is not None}
+
+    def config(self) -> "GPT2Config":
+        """The model's configuration, but for the vocabulary: see `GPT2Config.for_tokenizer`.
+
+        Raises:
+            UserError: an attention kernel that is not there, or a checkpoint whose configuration cannot be read.
+        """
+        from huggingface_hub.errors import StrictDataclassError
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        from llmkit.model.configuration_gpt2 import GPT2Config
+
         if self.attn_implementation not in (known := ["eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()]):
             raise UserError(
                 f"attn_implementation={self.attn_implementation}: choose one of {', '.join(sorted(known))}"
@@ -76,9 +100,7 @@ class ModelArguments:
         rest = {**dropout, "attn_implementation": self.attn_implementation}
         try:
             if self.init_from is None:
-                return GPT2Config.from_preset(self.preset or "124M", **shape, **rest)
-            if self.preset or shape.keys() - {"n_positions"}:
-                raise UserError("init_from brings its own shape: leave out preset, n_layer, n_head and n_embd")
+                return GPT2Config.from_preset(self.preset or "124M", **self._shape(), **rest)
             if not Path(self.init_from).exists():
                 ask_hub_once()
             config = GPT2Config.from_pretrained(self.init_from, **rest)
@@ -92,12 +114,17 @@ class ModelArguments:
         except ValueError as error:
             raise UserError(str(error)) from error
 
-    def model(self, tokenizer: PreTrainedTokenizerBase, seed: int) -> GPT2LMHeadModel:
+    def model(self, tokenizer: "PreTrainedTokenizerBase", seed: int) -> "GPT2LMHeadModel":
         """A model with new weights, which the seed decides, or with those of `init_from`.
 
         Raises:
             UserError: a checkpoint that cannot be read, or has another vocabulary than the tokenizer.
         """
+        import torch
+        from transformers import set_seed
+
+        from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
+
         config = self.config()
         set_seed(seed)
         try:

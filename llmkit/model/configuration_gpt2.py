@@ -1,19 +1,11 @@
-"""GPT-2's configuration, its published sizes, and what a model of each size costs."""
+"""GPT-2's configuration, and what a model of each size costs."""
 
 import copy
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-# Radford et al. 2019 (table 2) and Brown et al. 2020 (table 2.1): every size has 64-wide heads but the 1558M one,
-# whose 25 heads are 64 wide as well (1600 / 25).
-PRESETS: dict[str, dict] = {
-    "124M": {"n_layer": 12, "n_head": 12, "n_embd": 768},
-    "355M": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
-    "774M": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
-    "1558M": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
-    "gpt3-125M": {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 2048},
-}
+from llmkit.model.sizes import check_heads, preset_sizes
 
 
 @strict
@@ -63,19 +55,12 @@ class GPT2Config(PreTrainedConfig):
         Raises:
             ValueError: no such size.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **kwargs})
+        return cls(**{**preset_sizes(name), **kwargs})
 
     def validate_architecture(self):
         """Checked by `@strict` when a configuration is made."""
         super().validate_architecture()
-        if self.n_embd % self.n_head:
-            nearest = self.n_head * max(1, round(self.n_embd / self.n_head))
-            raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                f"take a multiple of n_head, such as n_embd={nearest}"
-            )
+        check_heads(self.n_embd, self.n_head)
         stock = {"add_cross_attention": False, "scale_attn_by_inverse_layer_idx": False}
         stock |= {"reorder_and_upcast_attn": False, "scale_attn_weights": True, "tie_word_embeddings": True}
         for key, value in stock.items():

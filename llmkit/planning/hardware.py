@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from llmkit.errors import UserError
-from llmkit.machine import GPUS, bf16_is_fast
+from llmkit.gpus import GPUS, find_gpu
+from llmkit.machine import bf16_is_fast
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,7 @@ class Hardware:
                 name, memory = torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1]
                 return cls(name, count, "cuda", memory, GPUS[name].peak if name in GPUS else None)
             return cls("cpu", count, "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count, None)
-        words = set(gpu.lower().split())
-        found = {name: each for name, each in GPUS.items() if words <= set(name.lower().replace("-", " ").split())}
-        if not found:
-            raise UserError(f"gpu={gpu}: not known; choose from {', '.join(GPUS)}")
-        if len(set(found.values())) > 1:
-            raise UserError(f"gpu={gpu}: say which one of {', '.join(found)}")
-        name, each = next(iter(found.items()))
+        name, each = find_gpu(gpu)
         return cls(name, count, "cuda", each.memory, each.peak)
 
     @property

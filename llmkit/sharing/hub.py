@@ -19,18 +19,19 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from threading import Thread
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from huggingface_hub import HfApi, constants, get_session, get_token, set_client_factory
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import disable_progress_bars, logging, validate_repo_id
-from transformers import TrainingArguments
-from transformers.trainer_utils import HubStrategy
 
 from llmkit.console import say
 from llmkit.errors import UserError
 from llmkit.sharing.model_card import run_of, write_model_card
 from llmkit.sharing.staging import CONFIGS, WEIGHTS, base_on_hub, check_checkpoint, stage
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments  # importing it takes seconds, for peft comes with it
 
 TIMEOUT = 120.0  # seconds that a connection may be silent
 WAITS = (5, 15, 60)  # seconds before a push is tried again as a whole
@@ -246,7 +247,7 @@ def _on_hub(repository: Repository, name: str | None, repo_type: str) -> str | N
 # ------------------------------------------------------------------ out of a training run
 
 
-def check_push(args: TrainingArguments, base: str | None = None) -> None:
+def check_push(args: "TrainingArguments", base: str | None = None) -> None:
     """Refuse, before anything is written, what could not be pushed when the run has ended.
 
     A Hub that is down is no reason to refuse: it is asked again at the end. Sets `hub_model_id` to the full name.
@@ -259,7 +260,7 @@ def check_push(args: TrainingArguments, base: str | None = None) -> None:
     """
     if not args.push_to_hub:
         return
-    if args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE) or args.hub_always_push:
+    if args.hub_strategy not in ("end", "every_save") or args.hub_always_push:
         raise UserError(
             "hub_strategy checkpoint and all_checkpoints and hub_always_push are not supported, for the state of an "
             "optimizer is not shared: take hub_strategy end or every_save"
@@ -278,7 +279,7 @@ def check_push(args: TrainingArguments, base: str | None = None) -> None:
             say(f"{error}: training goes on, and pushes to {repository.repo_id} later")
 
 
-def _repository(args: TrainingArguments) -> Repository:
+def _repository(args: "TrainingArguments") -> Repository:
     assert args.output_dir is not None, "TrainingArguments fills it in"
     name = args.hub_model_id or Path(args.output_dir).absolute().name  # as Trainer has it
     return Repository(name, args.hub_private_repo is not False, args.hub_revision, args.hub_token)
@@ -291,7 +292,7 @@ class RunPusher:
         args: of the run, checked by `check_push`.
     """
 
-    def __init__(self, args: TrainingArguments):
+    def __init__(self, args: "TrainingArguments"):
         self.repository = _repository(args)
         assert args.output_dir is not None, "TrainingArguments fills it in"
         self.folder = args.output_dir

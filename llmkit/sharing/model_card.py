@@ -10,7 +10,6 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import safe_open
 from transformers import AutoConfig
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from llmkit.runs.loss_curve import draw_loss
 from llmkit.runs.metrics import METRICS
@@ -32,7 +31,7 @@ PREFERENCES += ("eval_answers_ended",)
 
 def run_of(checkpoint: Path) -> Run | None:
     """The run that wrote a checkpoint, as far as it had come by then; None where there is no log of one."""
-    within = checkpoint.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+    within = checkpoint.name.startswith("checkpoint-")
     if not (checkpoint / LOG).exists() and not (within and (checkpoint.parent / LOG).exists()):
         return None
     run = load_run(checkpoint)
@@ -60,7 +59,7 @@ def run_of(checkpoint: Path) -> Run | None:
 
 def _step_of(checkpoint: Path) -> int | None:
     """The step in a checkpoint's name; under another name, as `checkpoint-best`, that of the state saved with it."""
-    number = checkpoint.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    number = checkpoint.name.removeprefix("checkpoint-")
     if number.isdecimal():
         return int(number)
     try:

@@ -8,7 +8,6 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from llmkit.errors import UserError
@@ -33,7 +32,7 @@ def check_checkpoint(checkpoint: Path) -> None:
         raise UserError(f"{checkpoint} is no folder: give a checkpoint's")
     weights = [path for pattern in WEIGHTS for path in checkpoint.glob(pattern)]
     if not weights:
-        inner = max(checkpoint.glob(f"{PREFIX_CHECKPOINT_DIR}-*"), key=lambda path: path.stat().st_mtime, default=None)
+        inner = max(checkpoint.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime, default=None)
         hint = f"push a checkpoint within it, such as {inner}" if inner else "give the folder of a saved model"
         raise UserError(f"{checkpoint} holds no weights in safetensors files: {hint}")
     for path in weights:

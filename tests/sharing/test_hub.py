@@ -365,7 +365,7 @@ def test_the_way_of_hf_xet_s_uploads(hub, plain, monkeypatch):
         (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights in safetensors files"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\1" * 99), "model.safetensors is damaged"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json is damaged"),
-        (lambda folder: (folder / "config.json").unlink(), "is no checkpoint"),
+        (lambda folder: (folder / "config.json").unlink(), "no checkpoint in this folder"),
         (lambda folder: (folder / "config.json").write_text('{"architectures": ["BertModel"]}'), "holds a BertModel"),
         (lambda folder: (folder / "tokenizer_config.json").unlink(), "has no tokenizer"),
     ],
