@@ -1,8 +1,10 @@
-"""Whether the Hub can be reached is asked once."""
+"""Whether the Hub can be reached is asked once; and what of it is on this machine."""
 
 import os
 import sys
 from functools import cache
+
+from llmkit.paths import local_path
 
 TIMEOUT = 10  # seconds
 
@@ -32,3 +34,26 @@ def ask_hub_once() -> None:
         session.event_hooks = {**hooks, "request": [*hooks["request"], refuse]}
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{message}: only files that were downloaded before can be opened", file=sys.stderr)
+
+
+def is_here(name: str, repo_type: str) -> bool:
+    """Whether a local path or a name on the Hub can be opened without a download.
+
+    Args:
+        repo_type: "model" or "dataset".
+
+    Raises:
+        UserError: it is a local path, and nothing is there.
+    """
+    return local_path(name) is not None or is_cached(name, repo_type)
+
+
+def is_cached(name: str, repo_type: str) -> bool:
+    """Whether files of a repository on the Hub were downloaded before."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return any(repo.repo_id == name and repo.repo_type == repo_type for repo in scan_cache_dir().repos)
+    except CacheNotFound:
+        return False

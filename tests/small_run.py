@@ -75,3 +75,42 @@ def refusal(recipe: str, arguments: list, monkeypatch, capsys) -> str:
     assert ended.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
+
+
+def phi_with_adapter(folder: Path, texts: list[str]) -> None:
+    """Write a base of Phi's architecture into `folder / "base"`, and into `folder / "sft"` an adapter that acts on it.
+
+    Args:
+        texts: what its tokenizer is trained on.
+    """
+    from peft import get_peft_model
+    from transformers import PhiConfig, PhiForCausalLM
+
+    from llmkit.data.tokenizer import train_bpe_tokenizer
+    from llmkit.finetuning.adapters import AdapterArguments, load_base_model, load_chat_tokenizer
+    from llmkit.runs.run import QUANTIZATION_CONFIG
+
+    tokenizer = train_bpe_tokenizer(texts * 3, 330)
+    set_seed(0)
+    config = PhiConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        partial_rotary_factor=0.4,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    PhiForCausalLM(config).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    args = AdapterArguments(model=str(folder / "base"), lora_r=4, lora_alpha=8)
+    base = load_base_model(args, torch.float32, torch.device("cpu"))
+    model = get_peft_model(base, args.lora_config(base))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder / "sft")
+    base.config.quantization_config.to_json_file(folder / "sft" / QUANTIZATION_CONFIG)
+    load_chat_tokenizer(args).save_pretrained(folder / "sft")

@@ -122,7 +122,8 @@ def loss_of_trained(
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether logits are the head's product with the last hidden states, neither scaled nor capped (as Gemma 2's)."""
     ids = torch.arange(4, device=model.device).unsqueeze(0)
-    outputs = model(ids, use_cache=False, output_hidden_states=True)
+    mask = torch.ones_like(ids)
+    outputs = model(ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
     head = model.get_output_embeddings()
     hidden = outputs.hidden_states[-1]
     return is_plain_head(head, hidden) and torch.equal(head(hidden), outputs.logits)

@@ -4,9 +4,11 @@ import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
+import datasets
 import numpy as np
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from llmkit.data.arguments import DataArguments
@@ -15,50 +17,119 @@ from llmkit.data.tokenizer import load_tokenizer, train_character_tokenizer
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 from llmkit.files import checksum
+from llmkit.finetuning.adapters import check_run, load_base_config, load_base_model, load_chat_tokenizer
+from llmkit.finetuning.conversations import Conversations, encode_all, load_conversations
+from llmkit.finetuning.preference_trainer import PreferenceTrainer
+from llmkit.finetuning.preferences import encode_pairs, load_pairs
+from llmkit.finetuning.sft_trainer import ConversationTrainer
+from llmkit.hub_access import is_here
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
-from llmkit.planning.doctor import ERROR, Finding
+from llmkit.planning.doctor import ERROR, WARNING, Finding
 from llmkit.planning.pretraining import prepared_shards, vocabulary_size
-from llmkit.planning.training_checks import examine_training
-from llmkit.recipe_kinds import PRETRAIN, RecipeKind
+from llmkit.planning.training_checks import Make, Start, examine_training
+from llmkit.recipe_kinds import DPO, PRETRAIN, RecipeKind
 from llmkit.training.pretrain_trainer import PretrainTrainer
 
 WINDOWS = 64  # of the recipe's text
-CPU_BLOCK = 32  # tokens: on a CPU the windows are this short, so that a minute is enough
+ROWS = 256  # conversations or pairs
+CPU_BLOCK, CPU_LENGTH = (
+    32,
+    128,
+)  # tokens: on a CPU windows and conversations are this short, so that a minute is enough
+
+Source = TypeVar("Source", bound=Conversations)
+Parts = tuple[Make, PreTrainedModel, Start, int | None]  # what `examine_training` takes beside the arguments
 
 
 def preflight(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
-    """The checks of a pretraining recipe, on the first text of its shards, or on random tokens where there are none.
+    """The checks of a recipe on the first of its data; nothing is downloaded.
+
+    A pretraining recipe whose shards are not prepared yet is tried on random tokens. A recipe of the other kinds is
+    not tried until its base and its dataset are on this machine.
 
     Args:
-        kind: of the recipe; for the others there is nothing yet.
+        kind: of the recipe.
         recipe: its filled dataclasses.
     """
-    if kind is not PRETRAIN:
-        return
     disable_progress_bar()  # of transformers' writing
-    data_args, model_args, args = recipe
+    datasets.disable_progress_bars()
+    args = recipe[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            if kind is PRETRAIN:
+                make, model, start, block_size = _pretraining(Path(folder), *recipe)
+            elif absent := _not_here(kind, recipe):
+                fix = f"hf download {absent}, or begin the run, which does it"
+                yield Finding("preflight", WARNING, f"not made: {absent} is not on this machine", fix)
+                return
+            else:
+                make, model, start, block_size = (_preferences if kind is DPO else _conversations)(*recipe)
+        except UserError as error:
+            yield Finding("preflight", ERROR, str(error))
+            return
+        yield from examine_training(make, model, args, start, block_size)
+
+
+def _not_here(kind: RecipeKind, recipe: tuple) -> str | None:
+    """The first of a fine-tuning recipe's repositories that would be downloaded, as the `hf` command names it."""
+    data, model, _ = recipe
+    if data.dataset_name and not is_here(data.dataset_name, "dataset"):
+        return f"{data.dataset_name} --repo-type dataset"
+    if kind is DPO and model.adapter and not is_here(model.adapter, "model"):
+        return model.adapter
+    if kind is DPO:
+        model.resolve()  # the adapter says which base it is for
+    return None if is_here(model.model, "model") else model.model
+
+
+def _pretraining(folder: Path, data_args: DataArguments, model_args, args) -> Parts:
     config = model_args.config()
     config.vocab_size = vocabulary_size(data_args, config)
     block_size = model_args.block_size or config.n_positions
     if args.device.type == "cpu":
         block_size = min(block_size, CPU_BLOCK)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            windows = _some_windows(Path(folder), data_args, config.vocab_size, block_size)
-            if model_args.init_from:
-                model = model_args.model(load_tokenizer(data_args.tokenizer), args.seed)
-            else:
-                set_seed(args.seed)
-                model = GPT2LMHeadModel(config)
-        except UserError as error:
-            yield Finding("preflight", ERROR, str(error))
-            return
-        tokenizer = train_character_tokenizer(["any"])  # it is saved, and does nothing else
-        for config in (model.config, model.generation_config):  # which Trainer would change, and say so
-            config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-        data = {"train_dataset": windows, "eval_dataset": windows, "processing_class": tokenizer}
-        make = partial(PretrainTrainer, **data)
-        yield from examine_training(make, model, args, block_size, trained=model_args.init_from is not None)
+    windows = _some_windows(folder, data_args, config.vocab_size, block_size)
+    if model_args.init_from:
+        model = model_args.model(load_tokenizer(data_args.tokenizer), args.seed)
+    else:
+        set_seed(args.seed)
+        model = GPT2LMHeadModel(config)
+    tokenizer = train_character_tokenizer(["any"])  # it is saved, and does nothing else
+    for config in (model.config, model.generation_config):  # which Trainer would change, and say so
+        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    make = partial(PretrainTrainer, train_dataset=windows, eval_dataset=windows, processing_class=tokenizer)
+    return make, model, "trained weights" if model_args.init_from else "new weights", block_size
+
+
+def _conversations(data_args, adapter_args, args) -> Parts:
+    if args.device.type == "cpu":
+        args.max_length = min(args.max_length, CPU_LENGTH)
+    check_run(args, load_base_config(adapter_args), args.max_length)
+    tokenizer = load_chat_tokenizer(adapter_args)
+    rows = encode_all(_first_rows(load_conversations(data_args)), tokenizer)
+    model = load_base_model(adapter_args, args.compute_dtype, args.device)
+    how = {"tokenizer": tokenizer, "description": "some conversations", "lora_config": adapter_args.lora_config(model)}
+    return partial(ConversationTrainer, train_rows=rows, eval_rows=rows, **how), model, "trained weights", None
+
+
+def _preferences(data_args, model_args, args) -> Parts:
+    if args.device.type == "cpu":
+        args.max_length = min(args.max_length, CPU_LENGTH)
+    args.length_prompts = 0  # nothing is generated
+    check_run(args, load_base_config(model_args), args.max_length)
+    tokenizer = model_args.load_tokenizer()
+    rows = encode_pairs(_first_rows(load_pairs(data_args)), tokenizer)
+    model = load_base_model(model_args, args.compute_dtype, args.device)
+    how = {"tokenizer": tokenizer, "description": "some pairs"}
+    how["lora_config"] = None if model_args.adapter else model_args.lora_config(model)
+    model = model_args.put_adapter(model) if model_args.adapter else model
+    return partial(PreferenceTrainer, train_rows=rows, eval_rows=rows, **how), model, "reference", None
+
+
+def _first_rows(loaded: tuple[Source, Source]) -> Source:
+    train, _ = loaded
+    train.rows = train.rows[:ROWS]
+    return train
 
 
 def _some_windows(folder: Path, data_args: DataArguments, vocab_size: int, block_size: int) -> TokenWindows:

@@ -9,6 +9,7 @@ import torch
 from llmkit.data.arguments import DataArguments
 from llmkit.data.manifest import MANIFEST
 from llmkit.errors import UserError
+from llmkit.hub_access import is_cached
 from llmkit.machine import why_not_compile
 from llmkit.paths import local_path
 from llmkit.planning.doctor import ERROR, OK, WARNING, Finding, four_bit_kernels, wandb_login
@@ -64,8 +65,8 @@ def _is_prepared(source: DataArguments) -> bool:
 
 
 def _on_hub(what: str, name: str, repo_type: str) -> Finding:
-    from huggingface_hub import HfApi, scan_cache_dir
-    from huggingface_hub.errors import CacheNotFound, GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         found = HfApi().repo_info(name, repo_type=repo_type)
@@ -78,11 +79,7 @@ def _on_hub(what: str, name: str, repo_type: str) -> Finding:
         return Finding(what, ERROR, f"{name} is not on the Hub, or it is private", fix)
     except Exception as error:  # no answer: of httpx or httpx2, by the version of huggingface_hub
         reason = " ".join(str(error).split())[:100]
-    try:
-        cached = any(repo.repo_id == name and repo.repo_type == repo_type for repo in scan_cache_dir().repos)
-    except CacheNotFound:
-        cached = False
-    if cached:
+    if is_cached(name, repo_type):
         fix = "if a file of it is missing, the run will say which: download it where there is a network"
         return Finding(what, WARNING, f"{name} was downloaded earlier, and the Hub cannot be reached now", fix)
     fix = "look at the network or HF_ENDPOINT, or download it elsewhere and give its folder"

@@ -9,10 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PhiConfig, PhiForCausalLM, set_seed
 
-from llmkit.data.tokenizer import train_bpe_tokenizer
-from small_run import accelerate_launch, logged, refusal
+from small_run import accelerate_launch, logged, phi_with_adapter, refusal
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -30,39 +28,9 @@ TRAINING += ["--sample_tokens", "12", "--max_chosen_drop", "0.001"]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A base of Phi's architecture, an SFT adapter on it that is not zero, and preference pairs."""
-    from llmkit.finetuning.adapters import AdapterArguments, load_base_model, load_chat_tokenizer
-    from llmkit.runs.run import QUANTIZATION_CONFIG
-
+    """A base with an SFT adapter that is not zero, and preference pairs."""
     work = tmp_path_factory.mktemp("dpo")
-    texts = [f"### Human: {question}\n### Assistant: {a}{b}" for question, (a, b) in ANSWERS.items()]
-    tokenizer = train_bpe_tokenizer(texts * 3, 330)
-    set_seed(0)
-    config = PhiConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        partial_rotary_factor=0.4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    PhiForCausalLM(config).save_pretrained(work / "base")
-    tokenizer.save_pretrained(work / "base")
-
-    from peft import get_peft_model
-
-    args = AdapterArguments(model=str(work / "base"), lora_r=4, lora_alpha=8)
-    base = load_base_model(args, torch.float32, torch.device("cpu"))
-    model = get_peft_model(base, args.lora_config(base))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(work / "sft")
-    base.config.quantization_config.to_json_file(work / "sft" / QUANTIZATION_CONFIG)
-    load_chat_tokenizer(args).save_pretrained(work / "sft")
+    phi_with_adapter(work, [f"### Human: {question}\n### Assistant: {a}{b}" for question, (a, b) in ANSWERS.items()])
     rows = [{"prompt": question, "chosen": a, "rejected": b} for question, (a, b) in ANSWERS.items()]
     (work / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 8))
     return work

@@ -38,8 +38,10 @@ def test_a_program_on_the_path_is_called_by_its_name(tmp_path, monkeypatch):
 def test_the_launchers_command_is_meant_where_there_is_one(monkeypatch):
     """It has options that this process never saw."""
     monkeypatch.setattr(stopping._Requests, "listening", True)
-    call = [sys.executable, "-c", "input()", "accelerate", "launch", "--config_file", "two.yaml", "x.py"]
-    with subprocess.Popen(call, stdin=subprocess.PIPE) as launcher:
+    program = "print(flush=True); input()"
+    call = [sys.executable, "-c", program, "accelerate", "launch", "--config_file", "two.yaml", "x.py"]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as launcher:
+        launcher.stdout.readline()  # from here on the system knows its command line
         monkeypatch.setattr(resuming, "launcher_of_this", lambda: launcher.pid)
         assert how_to_go_on().endswith(f"accelerate launch --config_file two.yaml x.py {LATEST}")
         launcher.kill()

@@ -53,6 +53,7 @@ def own_handlers(monkeypatch):
     """The test's process keeps its handlers, and goes on where a run's would end."""
     monkeypatch.setattr(stopping, "CLEANING_UP", float("inf"))
     before = {number: signal.getsignal(number) for number in stopping.SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and stays so
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
