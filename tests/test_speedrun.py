@@ -1,6 +1,5 @@
 """The speedrun compares one change at a time: without tricks a run is llmkit's own, and a trick does what it says."""
 
-import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -9,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.data.arguments import DataArguments
 from llmkit.model.arguments import ModelArguments
 from llmkit.training.arguments import PretrainArguments
-from llmkit.training.optimizers import create_muon
 
 ROOT = Path(__file__).parents[1]
 TINY = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "total_batch_tokens": 64}
@@ -25,36 +22,16 @@ def benchmarks_importable(monkeypatch):
     monkeypatch.syspath_prepend(ROOT)
 
 
-def small_model() -> GPT2LMHeadModel:
+def test_without_tricks_a_step_is_torchs_muon():
+    from benchmarks.speedrun.tricks import Tricks, TriedMuon
+
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=8, n_embd=16, n_layer=1, n_head=2))
-
-
-def weights_after(optimizer, model: GPT2LMHeadModel) -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, 64, (4, 8), generator=torch.Generator().manual_seed(1))
-    for _ in range(2):
-        optimizer.zero_grad()
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-    return {name: p.detach() for name, p in model.named_parameters()}
-
-
-def small_args() -> PretrainArguments:
-    rates = {"learning_rate": 3e-3, "muon_learning_rate": 2e-2, "weight_decay": 0.1}
-    rates["adam_epsilon"] = 1e-5  # the gradient of a key's bias is nothing but rounding
-    return PretrainArguments(output_dir="x", use_cpu=True, optim="muon", max_steps=10, **rates)
-
-
-def test_without_tricks_the_optimizer_is_llmkits():
-    from benchmarks.speedrun.tricks import Tricks, create_optimizer
-
-    model, args = small_model(), small_args()
-    twin = copy.deepcopy(model)
-    decayed = [name for name, p in model.named_parameters() if p.ndim == 2]
-    own = weights_after(create_muon(model, args, decayed), model)
-    tried = weights_after(create_optimizer(twin, args, Tricks()), twin)
-    for name, weight in own.items():
-        torch.testing.assert_close(tried[name], weight, rtol=0, atol=1e-6, msg=name)
+    matrix, gradient = torch.randn(16, 48), torch.randn(16, 48)
+    ours, theirs = torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(matrix.clone())
+    ours.grad = theirs.grad = gradient
+    TriedMuon([ours], 1e-2, 0.1, Tricks(), 1).step()
+    torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
 
 
 def test_tricks_change_the_step():
@@ -69,9 +46,9 @@ def test_tricks_change_the_step():
     # Each third is orthogonal by itself: 0.2 * sqrt(16) in all directions, but for what the iteration is off.
     thirds = step(split_qkv=True, coefficients=POLAR_EXPRESS).chunk(3, dim=1)
     for third in thirds:
-        assert torch.linalg.svdvals(third).sub(0.8).abs().max() < 0.1
-    assert torch.linalg.svdvals(step(coefficients=POLAR_EXPRESS).chunk(3, dim=1)[0]).min() < 0.7
-    normalized, plain = step(normalized=True), step()
+        assert torch.linalg.svdvals(third).sub(0.8).abs().max() < 0.15
+    assert torch.linalg.svdvals(step(coefficients=POLAR_EXPRESS).chunk(3, dim=1)[0]).min() < 0.3
+    normalized, plain = step(normalized=0.95), step()
     assert normalized.norm() == pytest.approx(plain.norm().item(), rel=1e-3)
     columns = normalized.norm(dim=0)
     assert columns.max() / columns.min() < 1.001 < plain.norm(dim=0).max() / plain.norm(dim=0).min()

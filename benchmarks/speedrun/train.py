@@ -31,7 +31,7 @@ from transformers import TrainerCallback
 from transformers.utils.logging import disable_progress_bar
 
 from benchmarks.measuring import cpu_name
-from benchmarks.speedrun.tricks import TriedTrainer, windows
+from benchmarks.speedrun.tricks import Tricks, TriedTrainer, windows
 from benchmarks.speedrun.variants import BASELINE, TRACKS, VARIANTS, settings
 from llmkit.data.arguments import DataArguments
 from llmkit.data.prepare import prepare_pretraining_data
@@ -64,7 +64,9 @@ def fill(kind: type, keys: dict, **more):
 
 def run_id(track: str, variant: str, seed: int, tokens: int, data: str) -> str:
     """Of what decides a run's outcome: changed settings of a variant make another run."""
-    parts = [settings(track, variant, tokens), dataclasses.asdict(VARIANTS[variant].tricks), seed, data]
+    tricks = dataclasses.asdict(VARIANTS[variant].tricks)
+    tried = {name: value for name, value in tricks.items() if value != getattr(Tricks(), name)}
+    parts = [settings(track, variant, tokens), tried, seed, data]
     return hashlib.sha256(json.dumps([track, *parts], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -89,9 +91,10 @@ def train(track: str, variant: str, seed: int, tokens: int, tokenizer, manifest)
         clock = StepTime()
         trainer.add_callback(clock)
         trainer.train()
+        if trainer.stopped:
+            raise SystemExit("stopped: the run is not in the results; the same command goes on with it")
         trainer.evaluate()
         log = {line["step"]: line for line in trainer.state.log_history if "eval_loss" in line}
-    assert not trainer.stopped, trainer.stopped
     curve = [[trainer.tokens_before(step), line["eval_loss"]] for step, line in sorted(log.items())]
     last = log[args.max_steps]
     return {

@@ -34,8 +34,10 @@ class Tricks:
     Attributes:
         coefficients: of each iteration that orthogonalises.
         split_qkv: orthogonalise the query's, the key's and the value's part of c_attn each by itself.
-        normalized: divide each row's part of a step, along the longer side, by its root mean square over the last
-            steps, and keep the size of the whole step (NorMuon, Li et al. 2025, as the speedruns of GPT-2 have it).
+        normalized: divide each row's part of a step, along the longer side, by its root mean square, and keep the size
+            of the whole step. The mean square is a running one with this weight of the past: 0.95 is NorMuon (Li et
+            al. 2025, as the speedruns of GPT-2 have it), 0 takes the step's own alone, which needs no state.
+        equal_rows: the same without a state, and the size of the whole step exactly AdamW's.
         momentum: of Muon.
         momentum_from: where Muon's momentum begins, to grow to its full size over the first 0.3 of the run.
         cautious_decay: decay a weight only where the step itself makes it smaller (Chen et al. 2025).
@@ -50,7 +52,8 @@ class Tricks:
 
     coefficients: tuple[tuple[float, float, float], ...] = (JORDAN,) * 5
     split_qkv: bool = False
-    normalized: bool = False
+    normalized: float | None = None
+    equal_rows: bool = False
     momentum: float = 0.95
     momentum_from: float | None = None
     cautious_decay: bool = False
@@ -115,11 +118,15 @@ class TriedMuon(Muon):
             orthogonalized(part, self.tricks.coefficients).float() * 0.2 * max(part.shape) ** 0.5 for part in parts
         ]
         update = torch.cat(found, dim=1)
-        if self.tricks.normalized:  # along the shorter side all are of one size already
+        if self.tricks.normalized is not None:  # along the shorter side all are of one size already
             squares = update.square().mean(dim=int(update.size(0) > update.size(1)), keepdim=True)
-            state.setdefault("squares", torch.zeros_like(squares)).lerp_(squares, 0.05)
+            state.setdefault("squares", torch.zeros_like(squares)).lerp_(squares, 1 - self.tricks.normalized)
             scaled = update / state["squares"].sqrt().clamp(min=1e-8)
             update = scaled * (update.norm() / scaled.norm())
+        if self.tricks.equal_rows:
+            update = update * (
+                0.2 / update.square().mean(dim=int(update.size(0) > update.size(1)), keepdim=True).sqrt()
+            )
         return update
 
 

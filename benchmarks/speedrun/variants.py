@@ -76,7 +76,9 @@ VARIANTS: dict[str, Variant] = {
     "split QKV": Variant(
         "query, key and value of c_attn orthogonalised each by itself", tricks=Tricks(split_qkv=True)
     ),
-    "NorMuon": Variant("each row of a step divided by its running root mean square", tricks=Tricks(normalized=True)),
+    "NorMuon": Variant("each row of a step divided by its running root mean square", tricks=Tricks(normalized=0.95)),
+    "NorMuon, no state": Variant("NorMuon with the step's own root mean square", tricks=Tricks(normalized=0.0)),
+    "equal rows": Variant("the same, and a step's size exactly AdamW's", tricks=Tricks(equal_rows=True)),
     "Polar Express": Variant(
         "the coefficients of Amsel et al., 5 iterations", tricks=Tricks(coefficients=POLAR_EXPRESS)
     ),
@@ -120,12 +122,32 @@ VARIANTS: dict[str, Variant] = {
     ),
     "aligned windows": Variant("windows begin where a document begins", tricks=Tricks(aligned=True)),
     # several at once
-    "half batch, NorMuon": Variant("both", recipe={"batch": 0.5}, tricks=Tricks(normalized=True)),
+    "half batch, NorMuon": Variant("both", recipe={"batch": 0.5}, tricks=Tricks(normalized=0.95)),
     "half batch, NorMuon, split QKV": Variant(
-        "all three", recipe={"batch": 0.5}, tricks=Tricks(normalized=True, split_qkv=True)
+        "all three", recipe={"batch": 0.5}, tricks=Tricks(normalized=0.95, split_qkv=True)
     ),
+    "half batch, NorMuon, no state, split QKV": Variant(
+        "all three", recipe={"batch": 0.5}, tricks=Tricks(normalized=0.0, split_qkv=True)
+    ),
+    "half batch, equal rows, split QKV": Variant(
+        "all three", recipe={"batch": 0.5}, tricks=Tricks(equal_rows=True, split_qkv=True)
+    ),
+    "quarter batch, equal rows, split QKV": Variant(
+        "all three", recipe={"batch": 0.25}, tricks=Tricks(equal_rows=True, split_qkv=True)
+    ),
+    "quarter batch, rate 0.5, equal rows, split QKV": Variant(
+        "all, and both learning rates halved",
+        recipe={"batch": 0.25, "rate": 0.5},
+        tricks=Tricks(equal_rows=True, split_qkv=True),
+    ),
+    "half batch, rate 0.7, equal rows, split QKV": Variant(
+        "all, and both learning rates x 0.7",
+        recipe={"batch": 0.5, "rate": 0.7},
+        tricks=Tricks(equal_rows=True, split_qkv=True),
+    ),
+    "equal rows, split QKV": Variant("both", tricks=Tricks(equal_rows=True, split_qkv=True)),
     "half batch, NorMuon, momentum 0.9": Variant(
-        "all three", recipe={"batch": 0.5}, tricks=Tricks(normalized=True, momentum=0.9)
+        "all three", recipe={"batch": 0.5}, tricks=Tricks(normalized=0.95, momentum=0.9)
     ),
     # shape of the attention, at the same number of parameters
     "twice the heads": Variant("twice as many heads of half the size", recipe={"heads": 2}),
