@@ -112,6 +112,35 @@ def test_a_task_that_is_done_is_not_run_again(monkeypatch, capsys):
     assert {to.split("/")[3] for to in puts[before:]} == {"00001", "00002"}
 
 
+@pytest.fixture
+def s3(monkeypatch):
+    """A bucket of a local server."""
+    s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed")
+    moto = pytest.importorskip("moto.server", reason="moto is not installed")
+    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield s3fs.S3FileSystem()
+    s3fs.S3FileSystem().rm("bucket", recursive=True)  # the server's buckets are the process's
+    server.stop()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], [*IN_TASKS[:-1], "2"]], ids=["one process", "tasks"])
+def test_a_bucket_gets_the_bytes_of_a_folder(s3, capsys, options):
+    prepare("here", *options)
+    prepare("s3://bucket/deep/mine", *options)
+    names = s3.find("bucket")
+    assert {name.removeprefix("bucket/deep/mine/"): s3.cat(name) for name in names} == in_folder("here")
+    assert "cannot be written" in refusal(capsys, "s3://another/mine", *options)
+    assert not s3.exists("another")
+
+
 class NotWritten(BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_error(404)
