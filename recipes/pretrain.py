@@ -41,7 +41,7 @@ def main():
     check_push(args)
 
     # Text -> tokenizer -> token shards, where they are not there yet. Of several ranks one works, the others wait.
-    tokenizer, train_windows, validation_windows = prepare_windows(data_args, block_size)
+    tokenizer, train_windows, validation_windows = prepare_windows(data_args, block_size, args.max_steps)
     args.sample_prompts = args.sample_prompts or validation_windows.beginnings(tokenizer)
 
     # The model: the same weights on every rank, whatever happened before.

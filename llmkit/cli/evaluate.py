@@ -134,6 +134,7 @@ def _check(args: argparse.Namespace) -> None:
 def _shards(checkpoint: str, data_dir: str | None):
     """The manifest of the shards in a folder, or of those that the checkpoint's run was trained with; and the size of
     that run's windows."""
+    from llmkit.data.ahead import manifest_of_run
     from llmkit.data.manifest import load_manifest
     from llmkit.data.tokenizer import load_tokenizer
     from llmkit.runs.run import load_run
@@ -152,6 +153,7 @@ def _shards(checkpoint: str, data_dir: str | None):
         )
     try:
         manifest = load_manifest(directory, load_tokenizer(checkpoint))
+        manifest = manifest if data_dir else manifest_of_run(manifest, record)
     except UserError as error:
         hint = "" if data_dir else f" ({checkpoint} was trained with it; give --data_dir if it has moved)"
         raise UserError(f"{error}{hint}") from error

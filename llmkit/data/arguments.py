@@ -65,6 +65,13 @@ class DataArguments:
         default=None,
         metadata={"help": "Folder for tokenizer and shards. By default a folder in data/, named by its content."},
     )
+    prepare: Literal["first", "ahead"] = field(
+        default="first",
+        metadata={
+            "help": "Tokenize all of the text first ('first'), or begin to train when the first shards are whole "
+            "('ahead')."
+        },
+    )
     shard_group: int | None = field(
         default=None,
         metadata={"help": "Shuffle the windows of so many consecutive shards at a time. By default of all of them."},
@@ -103,6 +110,8 @@ class DataArguments:
             return []
         if self.text_files or self.dataset_name or self.data_dir:
             raise UserError("data names several sources: give text_files, dataset_name and data_dir within them")
+        if self.prepare == "ahead":
+            raise UserError("prepare: ahead is for one source, and data names several: leave it out")
         if self.tokenizer in ("bpe", "character"):
             raise UserError(
                 f"data: tokenizer={self.tokenizer} is trained on one source, and several need the same tokenizer: "

@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
+from llmkit.data.ahead import AheadWindows, manifest_of_run
 from llmkit.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
 from llmkit.data.order import BatchSizes
 from llmkit.data.windows import TokenWindows
@@ -117,6 +118,9 @@ def windows_of_record(data: Mapping, split: str, block_size: int) -> TokenWindow
     Raises:
         UserError: the shards are not there any more, or hold other tokens now.
     """
+    if data.get("prepare") == "ahead":
+        first, group = _recorded(data), data["shard_group"]
+        return AheadWindows(first, block_size, group) if split == "train" else TokenWindows(first, split, block_size)
     if "sources" not in data:
         return TokenWindows(_recorded(data), split, block_size, data.get("shard_group"))
     windows, weights = {}, {}
@@ -127,7 +131,7 @@ def windows_of_record(data: Mapping, split: str, block_size: int) -> TokenWindow
 
 
 def _recorded(source: Mapping) -> Manifest:
-    manifest = load_manifest(source["directory"])
+    manifest = manifest_of_run(load_manifest(source["directory"]), source)
     if manifest.fingerprint != source["fingerprint"]:
         raise UserError(f"{manifest.directory} holds other tokens than those of the run: find the run's own shards")
     return manifest

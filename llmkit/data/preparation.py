@@ -118,7 +118,7 @@ class Preparation:
             self.documents += 1
             full = self.settings["shard_tokens"]
             if any(writer.open_shard.tokens >= full for writer in self.writers.values()):
-                self._commit(full)
+                self._commit(1 if self.settings.get("close_together") else full)
 
     def _commit(self, full: int) -> None:
         """Close the shards of at least `full` tokens, and record how far both splits are.

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
@@ -32,13 +33,13 @@ TOKENIZER_TRAINING_CHARACTERS = 300_000_000
 SOURCE, TOKENIZER = "source.json", "tokenizer"
 
 
-def prepare_pretraining_data(args: DataArguments, **how: int) -> tuple[PreTrainedTokenizerBase, Manifest]:
+def prepare_pretraining_data(args: DataArguments, **how: Any) -> tuple[PreTrainedTokenizerBase, Manifest]:
     """Train or load the tokenizer, and tokenize the corpus, where that is not done yet.
 
     Safe to call from several ranks or runs at once: a lock in the folder lets one work, and the others wait for it.
 
     Args:
-        how: `prepare_shards`' `shard_tokens` and `num_workers`.
+        how: what else `prepare_shards` takes.
 
     Raises:
         UserError: what `open_corpus`, `load_tokenizer` and `prepare_shards` refuse; or `data_dir` was made otherwise.
@@ -58,13 +59,23 @@ def prepare_pretraining_data(args: DataArguments, **how: int) -> tuple[PreTraine
 
 
 def prepare_windows(
-    args: DataArguments, block_size: int
+    args: DataArguments, block_size: int, max_steps: int = -1
 ) -> tuple[PreTrainedTokenizerBase, TokenWindows | MixedWindows, TokenWindows | MixedWindows]:
     """`prepare_pretraining_data` for each source; the tokenizer, the windows to train on, and those for validation.
 
+    Args:
+        max_steps: of the run, where they are stated.
+
     Raises:
-        UserError: what `prepare_pretraining_data`, `TokenWindows` and `MixedWindows` refuse.
+        UserError: what `prepare_pretraining_data`, `TokenWindows` and `MixedWindows` refuse; a run on text that is
+            tokenized meanwhile, without `max_steps`.
     """
+    if args.prepare == "ahead":
+        from llmkit.data.prepare_ahead import prepare_ahead  # which builds on this module
+
+        if max_steps < 1:
+            raise UserError("prepare: ahead needs max_steps: nobody knows yet how long an epoch is")
+        return prepare_ahead(args, block_size)
     sources, group = args.sources(), args.shard_group
     if not sources:
         tokenizer, manifest = prepare_pretraining_data(args)
@@ -170,6 +181,8 @@ def default_data_dir(args: DataArguments, corpus: Corpus) -> str:
     """A folder name that differs where the tokens would: `data/stdlib-bpe4096-1b9d6bcd`."""
     vocabulary = f"bpe{args.vocab_size}" if args.tokenizer == "bpe" else Path(args.tokenizer).name
     decisive = [corpus.fingerprint(), args.tokenizer, vocabulary, args.validation_fraction, args.validation_split]
+    if args.prepare == "ahead":  # the shards of the two splits are closed together
+        decisive.append(args.prepare)
     digest = hashlib.sha256(json.dumps(decisive).encode()).hexdigest()[:8]
     return f"data/{corpus.name}-{vocabulary}-{digest}"
 

@@ -47,6 +47,8 @@ def prepare_shards(
     validation_split: str = "document",
     shard_tokens: int = 100_000_000,
     num_workers: int | None = None,
+    close_together: bool = False,
+    show_progress: bool = True,
 ) -> Manifest:
     """Tokenize a corpus into shards, unless that has been done. Ranks and runs may call it at the same time.
 
@@ -57,13 +59,14 @@ def prepare_shards(
             document in any case.
         shard_tokens: a shard is closed after the document that fills it.
         num_workers: threads that tokenize; all cores by default.
+        close_together: a shard of one split is closed with that of the other, so that the first ones are whole early.
 
     Raises:
         UserError: what is in the folder was made from something else, the disk is too small, a split is empty.
     """
     if num_workers is not None and num_workers < 1:
         raise UserError(f"num_workers is {num_workers}: give 1 or more threads")
-    settings = shard_settings(corpus, tokenizer, validation_fraction, validation_split, shard_tokens)
+    settings = shard_settings(corpus, tokenizer, validation_fraction, validation_split, shard_tokens, close_together)
     directory = Path(shard_dir)
     if not (directory / MANIFEST).exists():
         with working_alone(directory), full_disk_is_user_error(directory):
@@ -73,7 +76,7 @@ def prepare_shards(
                     "--executor ...` again, or delete the folder"
                 )
             if not (directory / MANIFEST).exists():  # whoever had the lock before may have made it
-                _prepare(corpus, tokenizer, directory, settings, num_workers or os.cpu_count() or 1)
+                _prepare(corpus, tokenizer, directory, settings, num_workers or os.cpu_count() or 1, show_progress)
     manifest = load_manifest(directory)
     check_settings(directory, manifest.settings, settings)
     return manifest
@@ -84,7 +87,8 @@ def shard_settings(
     tokenizer: PreTrainedTokenizerBase,
     validation_fraction: float,
     validation_split: str,
-    shard_tokens: int,
+    shard_tokens: int = 100_000_000,
+    close_together: bool = False,
 ) -> dict:
     """What decides the tokens in a folder of shards, and their files.
 
@@ -104,7 +108,7 @@ def shard_settings(
         "validation_fraction": validation_fraction,
         "validation_split": validation_split,
         "shard_tokens": shard_tokens,
-    }
+    } | ({"close_together": 1} if close_together else {})
 
 
 @contextmanager
@@ -144,14 +148,19 @@ def full_disk_is_user_error(directory: Path) -> Iterator[None]:
 
 
 def _prepare(
-    corpus: Corpus, tokenizer: PreTrainedTokenizerBase, directory: Path, settings: dict, num_workers: int
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    settings: dict,
+    num_workers: int,
+    show_progress: bool,
 ) -> None:
     """The whole work of one process on a folder whose lock it holds."""
     num_bytes = corpus.num_bytes()
     with closing(Preparation(corpus, tokenizer, directory, settings)) as preparation:
         check_disk(corpus, num_bytes, tokenizer, directory, preparation.sum("bytes"))
         whole = hold_out_whole(corpus, settings)
-        with _progress_bar(num_bytes, preparation.sum("bytes")) as bar:
+        with _progress_bar(num_bytes, preparation.sum("bytes"), show_progress) as bar:
             preparation.write(whole, num_workers, bar)
         written = {split: writer.shards for split, writer in preparation.writers.items()}
         check_splits(corpus, written, settings["validation_fraction"])
@@ -252,8 +261,9 @@ def make_manifest(
     )
 
 
-def _progress_bar(num_bytes: int | None, done: int) -> tqdm:
+def _progress_bar(num_bytes: int | None, done: int, is_shown: bool) -> tqdm:
     return tqdm(
+        disable=not is_shown,
         desc="tokenizing",
         total=num_bytes,
         initial=done,

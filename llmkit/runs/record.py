@@ -15,6 +15,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 import llmkit
+from llmkit.data.ahead import AheadWindows
 from llmkit.data.mixture import MixedWindows
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
@@ -131,6 +132,9 @@ def windows_record(train: TokenWindows | MixedWindows, held_out: TokenWindows | 
     }
     if isinstance(train, TokenWindows):
         record["shard_group"] = train.shard_group
+        record["prepare"] = "first"
+        if isinstance(train, AheadWindows):
+            record["prepare"], record["train_tokens"] = "ahead", train.expected_tokens or train.num_tokens
     else:
         record["sources"] = {
             name: {

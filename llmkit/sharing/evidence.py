@@ -24,7 +24,8 @@ from accelerate import Accelerator
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ADAPTER_CONFIG_NAME, CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from llmkit.data.manifest import Manifest, load_manifest
+from llmkit.data.ahead import manifest_of_run
+from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
 from llmkit.data.tokenizer import tokenizer_fingerprint
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError, reason
@@ -153,9 +154,9 @@ def find_shards(folder: Path, data_dir: str | None) -> Manifest | None:
     if run is None or run.kind != PRETRAINING:
         return None
     data = run.record["data"]
-    if data_dir is None and not Path(data.get("directory") or "").is_dir():
+    if data_dir is None and not (Path(data.get("directory") or "") / MANIFEST).is_file():
         return None
-    manifest = load_manifest(data_dir or data["directory"])
+    manifest = manifest_of_run(load_manifest(data_dir or data["directory"]), data)
     if manifest.fingerprint != data["fingerprint"]:
         raise UserError(
             f"{manifest.directory} holds other data than {folder} was trained with: give --data_dir, where that is"

@@ -216,7 +216,10 @@ def _data(run: Run, dataset: str | None) -> str:
     else:
         name = _text(data["description"])
     last, rows = _last(run.log, "epoch"), {"Source": name}
-    if "train_tokens" in data:
+    if data.get("prepare") == "ahead":
+        rows["To train on"] = f"about {data['train_tokens']:,} tokens, which were made during the training"
+        rows["Held out"] = f"{data['validation_tokens']:,} tokens"
+    elif "train_tokens" in data:
         rows["To train on"] = f"{data['train_tokens']:,} tokens in {data['train_documents']:,} documents"
         rows["Text to train on"] = f"{data['train_bytes'] / 1e6:,.1f} MB"
         rows["Held out"] = f"{data['validation_tokens']:,} tokens"

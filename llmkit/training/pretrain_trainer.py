@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 
+from llmkit.data.ahead import AheadWindows
 from llmkit.data.lookup import documents_of
 from llmkit.data.mixture import MixedWindows, MixtureSampler
 from llmkit.data.order import WindowBatchSampler
@@ -22,6 +23,7 @@ from llmkit.model.loss import IGNORE_INDEX
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 from llmkit.runs.record import run_record, windows_record
 from llmkit.runs.run import PRETRAINING
+from llmkit.training.ahead import WaitForShards
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.base_trainer import ExactTrainer
 from llmkit.training.callbacks import Throughput
@@ -88,7 +90,7 @@ class PretrainTrainer(ExactTrainer):
             groups = {name: windows.shard_group for name, windows in train_dataset.sources.items()}
             decisive |= {"weights": train_dataset.weights, "shard_group": groups}
         else:
-            decisive |= {"shard_group": train_dataset.shard_group}
+            decisive |= {"shard_group": train_dataset.shard_group, "prepare": data["prepare"]}
         record = run_record(PRETRAINING, args, model, data, source, decisive)
         # From here on, Trainer's steps: more than the full batches that were asked for where the first are smaller.
         self.full_steps, self.batches = args.max_steps, args.batches(block_size)
@@ -119,6 +121,12 @@ class PretrainTrainer(ExactTrainer):
             plugin = self.accelerator.state.fsdp_plugin
             assert plugin is not None, "under FSDP"
             keep_sums_in_float32(plugin)
+        self.waiting: WaitForShards | None = None
+        if isinstance(train_dataset, AheadWindows):
+            in_workers = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)  # 2 is torch's default
+            read_ahead = (1 + in_workers) * args.world_size  # accelerate's loader is one batch ahead
+            self.waiting = WaitForShards(train_dataset, self.batches, self.stop_on_request, read_ahead)
+            self.add_callback(self.waiting)
         self.monitor = ParameterMonitor(model, args.monitor_steps) if args.monitor_steps else None
         if self.monitor:
             self.add_callback(self.monitor)
@@ -128,6 +136,21 @@ class PretrainTrainer(ExactTrainer):
             batch_size = max(1, args.per_device_eval_batch_size // len(rows[0]["endings"]))
             every, stop = args.hellaswag_steps, self.stop_on_request
             self.add_callback(HellaSwagInTraining(questions, every, batch_size, self.accelerator, self.log, stop))
+
+    def train(self, *args, **kwargs):
+        """Trainer's; what is still being tokenized is left as it is at the end, and can go on.
+
+        Raises:
+            UserError: the text could not be tokenized further; there is a checkpoint.
+        """
+        try:
+            done = super().train(*args, **kwargs)
+        finally:
+            if self.waiting and self.waiting.windows.child:
+                self.waiting.windows.child.stop()
+        if self.waiting and self.waiting.problem:
+            raise UserError(str(self.stopped))
+        return done
 
     def take_folder(self, resume_from: str | None, fingerprint: str) -> None:
         """Also has the first rank of each node read its shards once and compare their checksums."""
@@ -246,6 +269,8 @@ class PretrainTrainer(ExactTrainer):
     @property
     def train_tokens(self) -> int:
         """Targets in one pass over the training set."""
+        if isinstance(self.train_dataset, AheadWindows):  # nobody knows yet
+            return self.train_dataset.expected_tokens or self.full_steps * self.args.total_batch_tokens
         return len(self.train_dataset) * self.train_dataset.block_size
 
     def summary(self) -> str:
@@ -262,13 +287,14 @@ class PretrainTrainer(ExactTrainer):
             step += f", from {args.batch_ramp_start:,} over the first {args.batch_ramp_tokens:,}"
             steps += f" ({self.full_steps:,} full batches)"
             schedule += ", in full batches"
+        so_far = " so far" if isinstance(data, AheadWindows) and not data.complete else ""
         chosen = [f"{args.mixed_precision} autocast" if args.mixed_precision != "no" else "float32"]
         chosen += ["TF32"] if args.tf32 else []
         chosen += [f"{config._attn_implementation} attention", f"compile {'on' if args.torch_compile else 'off'}"]
         rows = {
             "model": f"{config.num_parameters:,} parameters: {config.n_layer} layers, {config.n_head} heads, "
             f"{config.n_embd} wide, {config.n_positions} context, {config.vocab_size:,} tokens",
-            "data": f"{data.num_tokens:,} tokens to train on, {self.eval_dataset.num_tokens:,} held out",
+            "data": f"{data.num_tokens:,} tokens to train on{so_far}, {self.eval_dataset.num_tokens:,} held out",
             "sources": ", ".join(
                 f"{key.removeprefix('epochs/')} {epochs:.2f} epochs"
                 for key, epochs in self._read_of_each_source(args.max_steps).items()
