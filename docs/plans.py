@@ -20,6 +20,7 @@ BEGIN, END = "<!-- written by docs/plans.py -->\n", "<!-- end of what docs/plans
 PLANNED = [
     ("pretrain_quickstart", None, 1),
     ("sft_qlora_quickstart", None, 1),
+    ("dpo_qlora_quickstart", None, 1),
     ("pretrain_characters", None, 1),
     ("pretrain_characters_gpu", "L4", 1),
     ("pretrain_gpt2_124m", "H100 HBM3", 8),
@@ -30,6 +31,7 @@ PLANNED = [
     ("pretrain_mixture", "H100 HBM3", 8),
     ("pretrain_gpt3_125m", "H100 HBM3", 8),
     ("sft_qlora", "RTX 4090", 1),
+    ("dpo_qlora", "RTX 4090", 1),
 ]
 HEADER = """\
 | recipe | on | tokens, and per parameter | memory of a step | fits | largest micro-batch | time | on disk |
@@ -38,16 +40,24 @@ HEADER = """\
 
 
 def plan(name: str, gpu: str | None, gpus: int) -> Plan:
-    """The plan of a shipped recipe. The fine-tuning quickstart's base is taken from the recipe that makes it."""
+    """The plan of a shipped recipe.
+
+    The base of the fine-tuning quickstarts is taken from the recipe that makes it, and preference tuning is planned
+    with a new adapter on the base, for the SFT run that it goes on from has not been made.
+    """
     path = recipe_path(name)
     with tempfile.TemporaryDirectory() as folder:
         fields = ["--use_cpu", "true", "--bf16", "false"] if gpu is None else []
-        if name == "sft_qlora_quickstart":
+        base = "microsoft/phi-2"
+        if name in ("sft_qlora_quickstart", "dpo_qlora_quickstart"):
             data, model, _ = parse_recipe(PRETRAIN, [], recipe_path("pretrain_quickstart"))
             config = model.config()
             config.vocab_size, config.bos_token_id, config.eos_token_id = data.vocab_size, 0, 0
             config.save_pretrained(folder)
-            fields += ["--model", folder]
+            base = folder
+            fields += ["--model", base] if name == "sft_qlora_quickstart" else []
+        if name.startswith("dpo"):
+            fields += ["--adapter", "null", "--model", base]
         kind = kind_of(path, fields)
         return plan_recipe(kind, parse_recipe(kind, fields, path), Hardware.of(gpu, gpus), Assumptions())
 

@@ -17,7 +17,7 @@ from llmkit.planning.hardware import Hardware
 from llmkit.planning.plan import Assumptions, amount
 from llmkit.planning.preflight import preflight
 from llmkit.planning.recipe_plan import plan_recipe
-from llmkit.recipe_kinds import DPO, PRETRAIN, RecipeKind
+from llmkit.recipe_kinds import PRETRAIN, RecipeKind
 
 
 def examine_recipe(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
@@ -108,9 +108,6 @@ def libraries(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
 
 def memory_and_disk(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
     """Whether a step fits into this machine's memory, and what the run writes onto its disks."""
-    if kind is DPO:
-        yield Finding("memory", WARNING, "not known: preference tuning has no plan", "start with a few steps")
-        return
     try:
         plan = plan_recipe(kind, recipe, Hardware.of(None, max(1, torch.cuda.device_count())), Assumptions())
     except UserError as error:

@@ -12,7 +12,8 @@ from transformers import PhiConfig, PhiForCausalLM
 
 from llmkit.finetuning.adapters import AdapterArguments, dtype_ledger, load_base_model
 from llmkit.finetuning.arguments import SFTArguments
-from llmkit.planning.finetuning import KNOWN_BASES, finetuning_step
+from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
+from llmkit.planning.finetuning import KNOWN_BASES, finetuning_step, preference_step
 from llmkit.planning.memory import StepMemory, step_memory
 
 # Loads a base, and takes steps as ConversationTrainer does; prints by how many bytes the process, or what is allocated
@@ -24,17 +25,23 @@ from peft import get_peft_model
 from transformers import PhiConfig
 from llmkit.finetuning.adapters import AdapterArguments, load_base_model
 from llmkit.finetuning.arguments import SFTArguments
-from llmkit.planning.finetuning import finetuning_step
+from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
+from llmkit.planning.finetuning import finetuning_step, preference_step
+from trl.trainer import add_fused_lm_head
 
-device, checkpointing = torch.device(sys.argv[1]), sys.argv[2] == "True"
+device, checkpointing, pairs = torch.device(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
 dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
 def status(field):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
 
 def train(folder, rows, length):
-    adapter_args = AdapterArguments(model=folder, lora_r=8)
-    args = SFTArguments(output_dir="unused", max_length=length, packing=True, report_to="none")
+    if pairs:
+        adapter_args, step_of = PreferenceModelArguments(model=folder, lora_r=8), preference_step
+        args = DPOArguments(output_dir="unused", max_length=length, report_to="none")
+    else:
+        adapter_args, step_of = AdapterArguments(model=folder, lora_r=8), finetuning_step
+        args = SFTArguments(output_dir="unused", max_length=length, packing=True, report_to="none")
     base = load_base_model(adapter_args, dtype, device)
     for p in base.parameters():
         if p.is_floating_point():
@@ -44,11 +51,13 @@ def train(folder, rows, length):
         (getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable)()
         base.enable_input_require_grads()
     model = get_peft_model(base, adapter_args.lora_config(base), autocast_adapter_dtype=False).train()
+    if pairs:
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
         p.data = p.data.float()
     optimizer = torch.optim.AdamW(trained, fused=True)
-    loss_of = finetuning_step(base.config, adapter_args, args, rows, dtype).loss_of
+    loss_of = step_of(base.config, adapter_args, args, rows, dtype).loss_of
     if device.type == "cpu":
         open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
     else:
@@ -61,9 +70,9 @@ def train(folder, rows, length):
         optimizer.step()
         optimizer.zero_grad()
 
-train(sys.argv[4], 1, 8)  # the libraries' own buffers
+train(sys.argv[5], 1, 8)  # the libraries' own buffers
 before = status("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated()
-train(sys.argv[3], *map(int, sys.argv[5:]))
+train(sys.argv[4], *map(int, sys.argv[6:]))
 print("grown", (status("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated()) - before)
 """
 # Of the base, its layers in 4 bits take a fifth and its embeddings, which stay, the rest.
@@ -71,7 +80,8 @@ SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, 
 SIZES |= {"vocab_size": 16384, "max_position_embeddings": 1024}
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
 TINY |= {"vocab_size": 64, "max_position_embeddings": 16}
-RUNS = [(True, 2, 512), (False, 1, 256)]  # activation checkpointing, rows, tokens in each
+# Activation checkpointing, preference tuning, rows or pairs, tokens in each.
+RUNS = [(True, False, 2, 512), (False, False, 1, 256), (True, True, 1, 256)]
 
 
 def arguments(length: int, **given) -> SFTArguments:
@@ -79,8 +89,15 @@ def arguments(length: int, **given) -> SFTArguments:
     return SFTArguments(output_dir="unused", max_length=length, **{**how, **given})
 
 
-def predicted(checkpointing: bool, rows: int, length: int, device_type: str = "cpu", **given) -> StepMemory:
+def predicted(
+    checkpointing: bool, pairs: bool, rows: int, length: int, device_type: str = "cpu", **given
+) -> StepMemory:
     dtype = torch.bfloat16 if device_type == "cuda" else torch.float32
+    if pairs:
+        args = DPOArguments(output_dir="unused", max_length=length, report_to="none", use_cpu=True)
+        model_args = PreferenceModelArguments(model="unused", lora_r=8)
+        step = preference_step(PhiConfig(**SIZES), model_args, args, rows, dtype, checkpointing)
+        return step_memory(step, device_type=device_type, autocast=dtype if device_type == "cuda" else None)
     adapter_args = AdapterArguments(model="unused", lora_r=8)
     step = finetuning_step(PhiConfig(**SIZES), adapter_args, arguments(length, **given), rows, dtype, checkpointing)
     autocast = dtype if device_type == "cuda" else None
@@ -97,9 +114,9 @@ def folders(tmp_path_factory) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def grown(folders: tuple[str, str], device: str, run: tuple[bool, int, int]) -> int:
-    checkpointing, *shape = run
-    command = [sys.executable, "-c", MEASURE, device, str(checkpointing), *folders, *map(str, shape)]
+def grown(folders: tuple[str, str], device: str, run: tuple[bool, bool, int, int]) -> int:
+    checkpointing, pairs, *shape = run
+    command = [sys.executable, "-c", MEASURE, device, str(checkpointing), str(pairs), *folders, *map(str, shape)]
     # An allocator that returns what is freed at once, so that gaps in the heap are not taken for tensors.
     allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **allocator})
@@ -131,14 +148,14 @@ def test_the_weights_are_those_of_a_base_that_was_loaded(folders):
         sizes += state.absmax.nbytes + state.state2.absmax.nbytes + state.code.nbytes
     adapters = 8 * 8 * (4 * (768 + 768) + 2 * (768 + 3072)) * 4  # layers x rank x (q, k, v, dense, fc1, fc2) x bytes
     buffers = sum(buffer.nbytes for buffer in base.buffers())
-    memory = predicted(True, 1, 8)
+    memory = predicted(True, False, 1, 8)
     assert memory.gradients == adapters and memory.optimizer == pytest.approx(2 * adapters, rel=1e-3)
     assert memory.weights == sizes + adapters + buffers
     assert "nf4" in dtype_ledger(base)
 
 
 def test_rows_that_are_not_packed_and_a_base_that_is_not_quantized():
-    assert predicted(True, 2, 64, packing=False).weights == predicted(True, 2, 64).weights
+    assert predicted(True, False, 2, 64, packing=False).weights == predicted(True, False, 2, 64).weights
     adapter_args = AdapterArguments(model="unused", quantization="none")
     step = finetuning_step(PhiConfig(**TINY), adapter_args, arguments(16), 1, torch.float32)
     memory = step_memory(step, device_type="cpu", autocast=None)
@@ -149,7 +166,7 @@ def test_rows_that_are_not_packed_and_a_base_that_is_not_quantized():
 
 def test_nothing_of_it_stays_behind():
     """bitsandbytes keeps what it has computed once; a tensor without content would break what is quantized later."""
-    predicted(True, 1, 8)
+    predicted(True, False, 1, 8)
     _, state = functional.quantize_4bit(torch.randn(64, 64), quant_type="nf4", compress_statistics=True)
     assert state.state2.code.abs().max() > 0
 

@@ -9,6 +9,7 @@ from llmkit import GPT2Config, cli
 from llmkit.planning.hardware import Hardware
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.budget import evaluations, saves
+from small_run import phi_with_adapter
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 
@@ -123,6 +124,17 @@ def test_fine_tuning_a_base_that_is_here(capsys, tmp_path):
     assert "3 evaluations, 9 samples" in table  # before the first step, in the middle and at the end
 
 
+def test_preference_tuning_reads_pairs_and_keeps_a_frozen_copy_of_its_adapter(capsys, tmp_path):
+    phi_with_adapter(tmp_path, ["Four. All of them."])
+    how = ["--max_length", "64", "--max_steps", "10", "--use_cpu", "true", "--bf16", "false"]
+    new = ["--adapter", "null", "--model", str(tmp_path / "base"), "--lora_r", "4"]
+    found = plan(capsys, "dpo_qlora", *new, *how)
+    assert found["step_tokens"] == 2 * 32 * 2 * 64 and found["samples"] > 0
+    more = plan(capsys, "dpo_qlora", "--adapter", str(tmp_path / "sft"), *how)
+    assert more["memory"]["gradients"] == found["memory"]["gradients"]
+    assert more["memory"]["weights"] == found["memory"]["weights"] + found["memory"]["gradients"]
+
+
 def test_sharding_is_not_proposed_where_it_is_refused(capsys, tmp_path):
     GPT2Config(n_layer=6, n_head=64, n_embd=16384, n_positions=64).save_pretrained(tmp_path)  # 38 GB in bf16
     recipe = ["sft_qlora", "--model", str(tmp_path), "--quantization", "none", "--max_length", "64"]
@@ -139,7 +151,7 @@ def test_sharding_is_not_proposed_where_it_is_refused(capsys, tmp_path):
         (["--gpu", "Voodoo"], "not known"),
         (["--gpu", "A100"], "A100-SXM4-40GB"),
         (["--gpu", "H200", "--gpus", "3"], "is not a multiple of"),
-        (["dpo_qlora"], "preference tuning has no plan"),
+        (["dpo_qlora", "--adapter", "runs/nothing"], "runs/nothing"),
         (
             ["sft_qlora", "--model", "nobody/nothing"],
             "model=nobody/nothing: no folder here, and not read from the Hub",

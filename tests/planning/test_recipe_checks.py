@@ -88,7 +88,7 @@ def test_each_source_of_a_mixture_is_looked_for(tmp_path):
 
 def test_folders_that_are_here_and_that_are_not(tmp_path):
     recipe = ["--config", str(RECIPES / "dpo_qlora_quickstart.yaml"), "--model", str(tmp_path), "--use_cpu", "true"]
-    found = files("DPO", [*recipe, "--adapter", str(tmp_path / "nope")])
+    found = files("DPO", recipe)  # whose adapter, runs/sft_qlora_quickstart, nobody has trained here
     assert found["model"].state == OK
     assert found["adapter"].state == ERROR and "there is no such file or folder" in found["adapter"].text
 
@@ -146,7 +146,7 @@ def test_a_run_that_would_be_refused(tmp_path):
     (found,) = memory_and_disk(PRETRAIN, recipe)
     assert found.state == ERROR and "is not a multiple of" in found.text
     (found,) = memory_and_disk(DPO, parse_recipe(DPO, ["--use_cpu", "true"], RECIPES / "dpo_qlora.yaml"))
-    assert found.state == WARNING
+    assert found.state == ERROR and "runs/sft_qlora" in found.text  # which nobody has trained
 
 
 @pytest.mark.parametrize(
