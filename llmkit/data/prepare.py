@@ -46,8 +46,7 @@ def prepare_pretraining_data(args: DataArguments, **how: Any) -> tuple[PreTraine
     """
     if args.data is not None:
         raise UserError("data names several sources: llmkit.data.prepare.prepare_windows prepares them all")
-    if args.data_dir and _is_elsewhere(args) and (Path(args.data_dir) / MANIFEST).exists():
-        # Prepared earlier, on a machine with a network perhaps: the text itself is not needed any more.
+    if args.data_dir and is_prepared_elsewhere(args):
         directory = Path(args.data_dir)
         _check_source(directory, args)
         tokenizer = load_tokenizer(str(directory / TOKENIZER) if _is_trained(args) else args.tokenizer)
@@ -56,6 +55,11 @@ def prepare_pretraining_data(args: DataArguments, **how: Any) -> tuple[PreTraine
         split = {"validation_fraction": args.validation_fraction, "validation_split": args.validation_split}
         manifest = prepare_shards(corpus, tokenizer, directory, **split, **how)
     return tokenizer, manifest
+
+
+def is_prepared_elsewhere(args: DataArguments) -> bool:
+    """Whether the shards of text on another machine are in `data_dir`: then it is not asked for again."""
+    return bool(args.data_dir) and _is_elsewhere(args) and (Path(str(args.data_dir)) / MANIFEST).exists()
 
 
 def prepare_windows(

@@ -25,7 +25,7 @@ from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import Corpus
 from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
 from llmkit.data.preparation import check_settings
-from llmkit.data.prepare import opened_source, prepare_pretraining_data
+from llmkit.data.prepare import is_prepared_elsewhere, opened_source, prepare_pretraining_data
 from llmkit.data.shards import make_manifest, shard_settings
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
@@ -91,6 +91,15 @@ def prepare_ahead(
         UserError: what `prepare_pretraining_data` and `TokenWindows` refuse.
     """
     group, child = args.shard_group or 1, None
+    if is_prepared_elsewhere(args):
+        tokenizer, manifest = prepare_pretraining_data(args)
+        check_settings(manifest.directory, manifest.settings, {"close_together": 1})
+        first, expected = first_group(manifest, group), manifest.splits["train"].tokens
+        return (
+            tokenizer,
+            AheadWindows(first, block_size, group, expected),
+            TokenWindows(first, "validation", block_size),
+        )
     with opened_source(args) as (corpus, tokenizer, directory):
         settings = shard_settings(
             corpus,

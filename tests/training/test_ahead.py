@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import fsspec
 import psutil
 import pytest
 import torch
@@ -19,7 +20,7 @@ from llmkit.data.ahead import AheadWindows, first_group
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import FileCorpus, open_corpus
 from llmkit.data.manifest import JOURNAL, MANIFEST, load_manifest
-from llmkit.data.prepare import prepare_windows
+from llmkit.data.prepare import prepare_pretraining_data, prepare_windows
 from llmkit.data.shards import prepare_shards
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError, exit_on_user_error
@@ -327,3 +328,19 @@ def test_shards_that_were_made_for_another_start_are_refused(texts, tokenizer, t
     args.validation_fraction = 0.1
     with pytest.raises(UserError, match="close_together None instead of 1"):
         prepare_windows(args, BLOCK, max_steps=3)
+
+
+def test_text_of_another_machine_is_not_asked_for_when_all_is_there(texts, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    memory = fsspec.filesystem("memory")
+    for path in texts.iterdir():
+        memory.pipe_file(f"/texts/{path.name}", path.read_bytes())
+    args = {"text_files": ["memory://texts/"], "tokenizer": str(tmp_path / "tokenizer"), "prepare": "ahead"}
+    args = DataArguments(**args, data_dir=str(tmp_path / "shards"), validation_fraction=0.1)
+    prepare_pretraining_data(args, close_together=True, shard_tokens=600)
+    before = prepare_ahead.prepare_ahead(args, BLOCK, shard_tokens=600)
+    memory.rm("/texts", recursive=True)
+    after = prepare_ahead.prepare_ahead(args, BLOCK)
+    for windows, others in zip(before[1:], after[1:], strict=True):
+        assert windows.manifest == others.manifest and len(windows) == len(others)
+    assert after[1].complete and len(after[1].bounds) == len(before[1].bounds) > 3
