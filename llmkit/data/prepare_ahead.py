@@ -53,8 +53,8 @@ class PreparingProcess:
             try:
                 self._problem = str(self.told.recv())
             except EOFError:
-                what = f"by signal {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-                self._problem = f"the process that tokenizes the text ended {what}"
+                what = f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+                self._problem = f"the process that tokenizes the text {what}"
         return self._problem
 
     def stop(self) -> None:

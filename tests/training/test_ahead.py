@@ -344,3 +344,13 @@ def test_text_of_another_machine_is_not_asked_for_when_all_is_there(texts, token
     for windows, others in zip(before[1:], after[1:], strict=True):
         assert windows.manifest == others.manifest and len(windows) == len(others)
     assert after[1].complete and len(after[1].bounds) == len(before[1].bounds) > 3
+
+
+def test_a_child_that_was_killed_is_said_so(texts, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    args = DataArguments([str(texts)], tokenizer=str(tmp_path / "tokenizer"), data_dir=str(tmp_path / "shards"))
+    child = prepare_ahead.PreparingProcess(args, {})
+    assert child.problem() is None
+    child.stop()
+    for _ in range(2):
+        assert child.problem() == "the process that tokenizes the text was ended by signal SIGKILL"
