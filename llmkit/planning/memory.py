@@ -201,13 +201,14 @@ def _chunks_of(device_type: str) -> Iterator[None]:
     Fake tensors stay on the CPU: which attention kernel a GPU would take is decided by code that only a CUDA build of
     PyTorch has. The CPU's flash attention stores the same tensors for its backward pass.
     """
-    chunk, softmax = loss.CHUNK_ELEMENTS["cpu"], loss.SOFTMAX_ELEMENTS
+    chunk, softmax, pads = loss.CHUNK_ELEMENTS["cpu"], loss.SOFTMAX_ELEMENTS, loss.PADS_WEIGHT["cpu"]
     if device_type != "cpu":
+        loss.PADS_WEIGHT["cpu"] = True
         loss.CHUNK_ELEMENTS["cpu"] = loss.SOFTMAX_ELEMENTS = loss.CHUNK_ELEMENTS["cuda"]
     try:
         yield
     finally:
-        loss.CHUNK_ELEMENTS["cpu"], loss.SOFTMAX_ELEMENTS = chunk, softmax
+        loss.CHUNK_ELEMENTS["cpu"], loss.SOFTMAX_ELEMENTS, loss.PADS_WEIGHT["cpu"] = chunk, softmax, pads
 
 
 def largest_micro_batch(small: tuple[int, int], large: tuple[int, int], limit: float) -> int:

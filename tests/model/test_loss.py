@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmkit.model import loss
 from llmkit.model.loss import linear_cross_entropy
+from llmkit.planning.memory import LiveBytes
 
 ROWS, VOCAB, WIDTH = 37, 211, 24
 
@@ -89,6 +91,18 @@ def test_a_second_backward_pass_is_refused():
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         value.backward()
+
+
+def test_one_chunk_of_logits_is_alive_and_no_copy_of_the_weight(monkeypatch):
+    monkeypatch.setitem(loss.CHUNK_ELEMENTS, "cpu", 2**18)
+    rows, vocab, width = 2048, 5001, 64
+    with FakeTensorMode(), LiveBytes() as live:
+        hidden, weight = torch.zeros(rows, width, requires_grad=True), torch.zeros(vocab, width, requires_grad=True)
+        ignored = torch.zeros(rows, dtype=torch.long)
+        before = live.now
+        linear_cross_entropy(hidden, weight, ignored)
+        gradients = 4 * width * (rows + vocab)
+        assert gradients + 4 * 2**18 < live.peak - before < gradients + 4 * 2**18 * 1.2
 
 
 @pytest.mark.slow
