@@ -184,7 +184,7 @@ def _evaluate_one(name: str, source, rows: list[dict] | None, args: argparse.Nam
         else:
             manifest, trained_with = source
             windows = TokenWindows(manifest, "validation", args.block_size or min(size, trained_with or size))
-            data = f"the validation split of {manifest.directory} ({manifest.corpus})"
+            data = f"the validation split of {manifest.place} ({manifest.corpus})"
         result |= evaluate_windows(model, windows, args.batch_size, accelerator)
         result |= {"data": data, "tokens": windows.num_tokens, "block_size": windows.block_size}
     if rows is not None:

@@ -11,12 +11,13 @@ from llmkit.paths import check_names, expand_homes
 
 MIN_VOCAB_SIZE = 256 + 1  # of a byte-level BPE: every byte, and the end of text
 MAX_VOCAB_SIZE = 1 << 20  # four times the largest vocabulary in use; training one takes memory for each token
+REMOTE_GROUP = 4  # shards at a URL whose windows are shuffled together: 400 million tokens as they are prepared
 # What belongs to a source of text: a recipe's prompts are beginnings of such text.
 SOURCE = ("text_files", "dataset_name", "dataset_config", "dataset_split", "text_column", "streaming", "data_dir")
 SOURCE += ("data", "sample_prompts")
 # What a source of a mixture may say, besides its weight and its name; what is left is common to all of them.
 OF_ONE_SOURCE = {name: bool if name == "streaming" else str for name in SOURCE[1:-2]} | {"text_files": list}
-COMMON = ("tokenizer", "validation_fraction", "validation_split", "shard_group")
+COMMON = ("tokenizer", "validation_fraction", "validation_split", "shard_group", "shard_cache_gb")
 
 
 @dataclass
@@ -63,7 +64,10 @@ class DataArguments:
     vocab_size: int = field(default=4096, metadata={"help": "Number of tokens of a 'bpe' tokenizer that is trained."})
     data_dir: str | None = field(
         default=None,
-        metadata={"help": "Folder for tokenizer and shards. By default a folder in data/, named by its content."},
+        metadata={
+            "help": "Folder for tokenizer and shards. By default a folder in data/, named by its content. Or the URL "
+            "(https://, hf://, s3://) of a folder with prepared shards, in place of a text."
+        },
     )
     prepare: Literal["first", "ahead"] = field(
         default="first",
@@ -74,7 +78,13 @@ class DataArguments:
     )
     shard_group: int | None = field(
         default=None,
-        metadata={"help": "Shuffle the windows of so many consecutive shards at a time. By default of all of them."},
+        metadata={
+            "help": "Shuffle the windows of so many consecutive shards together. By default of all, at a URL of 4."
+        },
+    )
+    shard_cache_gb: float = field(
+        default=10.0,
+        metadata={"help": "The most that the shards of URLs take on this machine's disk, in gigabytes (10^9 bytes)."},
     )
     validation_fraction: float = field(default=0.01, metadata={"help": "Fraction of the text that is held out."})
     validation_split: Literal["document", "tail"] = field(
@@ -88,17 +98,28 @@ class DataArguments:
     def __post_init__(self):
         expand_homes(self, "data_dir")
         check_names(self, "dataset_name", "tokenizer")
-        if self.data_dir and "://" in self.data_dir:
-            raise UserError(f"data_dir={self.data_dir}: shards are in a local or shared folder, not behind a URL")
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction}: it lies between 0 and 1, such as 0.01")
         if self.text_files and self.dataset_name:
             raise UserError("text_files and dataset_name are both set: set one of them")
+        if self.shards_url and (self.text_files or self.dataset_name or self.prepare == "ahead"):
+            raise UserError(
+                f"data_dir={self.data_dir}: a URL has finished shards: leave out text_files, dataset_name and prepare"
+            )
+        if self.shards_url and any(character in self.shards_url for character in "?#"):
+            raise UserError(f"data_dir={self.data_dir}: give the URL of a folder, without ? and #")
+        if not self.shard_cache_gb > 0:
+            raise UserError(f"shard_cache_gb={self.shard_cache_gb}: give gigabytes for the shards of URLs, such as 10")
         if self.shard_group is not None and self.shard_group < 1:
             raise UserError(f"shard_group={self.shard_group}: give 1 or more shards, or leave it out")
         if self.tokenizer == "bpe":
             check_vocab_size(self.vocab_size)
         self.sources()
+
+    @property
+    def shards_url(self) -> str | None:
+        """`data_dir`, where it is a URL."""
+        return self.data_dir if self.data_dir and "://" in self.data_dir else None
 
     def sources(self) -> list["Source"]:
         """The sources of a mixture, in the order of `data`; none where there is one source alone.
@@ -144,8 +165,10 @@ class DataArguments:
                 )
             if not isinstance(value, OF_ONE_SOURCE[key]):
                 raise UserError(f"data: source {number}: {key} is {value!r}: give a {OF_ONE_SOURCE[key].__name__}")
-        if not (said.get("text_files") or said.get("dataset_name")):
-            raise UserError(f"data: source {number} has no text: give it text_files or dataset_name")
+        if not (said.get("text_files") or said.get("dataset_name") or "://" in said.get("data_dir", "")):
+            raise UserError(
+                f"data: source {number} has no text: give it text_files, dataset_name or a URL as data_dir"
+            )
         common = {name: getattr(self, name) for name in COMMON}
         name = name or str(said.get("dataset_name", number)).rstrip("/").split("/")[-1]
         return Source(str(name), weights, DataArguments(**common, **said))

@@ -113,7 +113,7 @@ def open_file(file: str) -> OpenFile:
     compression = infer_compression(base_name(file))
     if base_name(file).lower().endswith(".zst") and "zstd" not in compr:
         raise UserError(f"{file}: reading .zst needs the zstandard package: pip install zstandard")
-    return OpenFile(*_file_system(file), compression=compression)
+    return OpenFile(*file_system(file), compression=compression)
 
 
 @contextmanager
@@ -162,17 +162,22 @@ def remote_version(file: str) -> list:
     return [base_name(file), *sorted(f"{key}={value}" for key, value in told if key.lower() in _VERSION)]
 
 
-def _file_system(file: str) -> tuple[fsspec.AbstractFileSystem, str]:
+def file_system(file: str, **options) -> tuple[fsspec.AbstractFileSystem, str]:
+    """What reads a file, and the file's name there.
+
+    Args:
+        options: of the file system.
+    """
     if not is_remote(file):
         return LocalFileSystem(), file
     try:
-        return fsspec.core.url_to_fs(file)
+        return fsspec.core.url_to_fs(file, **options)
     except (ImportError, ValueError) as error:  # a file system that is not installed, or does not exist
         raise UserError(f"{file}: {error}") from error
 
 
 def _info(url: str) -> dict:
-    fs, path = _file_system(url)
+    fs, path = file_system(url)
     return fs.info(path)
 
 
@@ -194,7 +199,7 @@ def _local_files(pattern: str, field: str) -> tuple[list[str], bool]:
 
 def _remote_files(pattern: str) -> tuple[list[str], bool]:
     with reading(pattern):
-        fs, path = _file_system(pattern)
+        fs, path = file_system(pattern)
         if not pattern.endswith("/") and fs.isfile(path):
             return [fs.unstrip_protocol(path)], False
         is_folder = not glob.has_magic(path)

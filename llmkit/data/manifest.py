@@ -9,15 +9,19 @@ at each end; after, the last document is closed like all others, and "finished" 
 import hashlib
 import json
 import os
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import constants
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase
 
+from llmkit.data.fetching import PATIENCE, patiently, read
+from llmkit.data.files import is_remote
 from llmkit.data.tokenizer import tokenizer_fingerprint
 from llmkit.errors import UserError
 from llmkit.files import checksum
@@ -77,7 +81,10 @@ class Split:
 @strict
 @dataclass
 class Manifest:
-    """What a folder of finished shards holds and what it was made from; without a folder, tokens in memory."""
+    """What a folder of finished shards holds and what it was made from; without a folder, tokens in memory.
+
+    Of shards at a `url`, the folder is where they are kept on this machine when they have been fetched.
+    """
 
     directory: Path | None
     dtype: str
@@ -86,6 +93,12 @@ class Manifest:
     corpus: str
     settings: dict[str, int | float | str]
     splits: dict[str, Split]
+    url: str | None = None
+
+    @property
+    def place(self) -> str | None:
+        """The folder or the URL, as it is given to find the shards again."""
+        return self.url or (str(self.directory) if self.directory else None)
 
     @property
     def fingerprint(self) -> str:
@@ -111,10 +124,12 @@ class Manifest:
     def verify(self) -> None:
         """Read every shard and compare its checksum, so that no flipped byte is trained on.
 
+        Those of a URL are compared when they are fetched.
+
         Raises:
             UserError: a shard is damaged.
         """
-        if self.directory is None:  # tokens in memory, which no disk has kept
+        if self.directory is None or self.url is not None:  # tokens in memory, which no disk has kept
             return
         shards = [shard for split in self.splits.values() for shard in split.shards]
         with ThreadPoolExecutor(max_workers=4) as pool:  # reading and hashing leave Python to itself
@@ -129,7 +144,7 @@ class Manifest:
     def fields(self) -> dict:
         """What `manifest.json` says. The folder is left out, so that it can be moved."""
         fields = asdict(self)
-        del fields["directory"]
+        del fields["directory"], fields["url"]
         return fields
 
 
@@ -138,16 +153,39 @@ def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and os.path.basename(name) == name and "\0" not in name
 
 
-def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Manifest:
+def load_manifest(
+    shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | None = None, patience: float = PATIENCE
+) -> Manifest:
     """Read the manifest of a folder of shards; the files' sizes are checked, their contents are not read.
 
     Args:
+        shard_dir: the folder, or a URL, of which the manifest alone is fetched.
         tokenizer: if given, it has to be the one that the shards were made with.
+        patience: seconds for which a URL that cannot be reached is tried again.
 
     Raises:
         UserError: no finished shards there, a missing or truncated shard, another tokenizer.
     """
-    directory = Path(shard_dir)
+    if is_remote(str(shard_dir)):
+        manifest = _at_url(str(shard_dir).rstrip("/"), patience)
+    else:
+        manifest = _in_folder(Path(shard_dir))
+    if tokenizer is not None:
+        check_tokenizer(manifest, tokenizer)
+    return manifest
+
+
+def check_tokenizer(manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError if the shards were made with another one."""
+    made_with, given = manifest.settings["tokenizer"], tokenizer_fingerprint(tokenizer)
+    if made_with != given:
+        raise UserError(
+            f"{manifest.place}: its shards were made with another tokenizer (fingerprint {made_with}, not {given}): "
+            "use that tokenizer, or prepare shards with this one in another folder"
+        )
+
+
+def _in_folder(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.exists():
         begun = (directory / JOURNAL).exists() or (directory / PARTS).exists()
@@ -161,13 +199,15 @@ def load_manifest(shard_dir: str | Path, tokenizer: PreTrainedTokenizerBase | No
     for split in manifest.splits.values():
         for shard in split.shards:
             shard.check_file(directory, np.dtype(manifest.dtype))
-    if tokenizer is not None:
-        made_with, given = manifest.settings["tokenizer"], tokenizer_fingerprint(tokenizer)
-        if made_with != given:
-            raise UserError(
-                f"{directory}: its shards were made with another tokenizer (fingerprint {made_with}, not {given}): "
-                "use that tokenizer, or prepare shards with this one in another folder"
-            )
+    return manifest
+
+
+def _at_url(url: str, patience: float) -> Manifest:
+    path = f"{url}/{MANIFEST}"
+    manifest = parse_manifest(patiently(lambda: read(path), path, time.monotonic() + patience), path, None)
+    if any(not shard.name.endswith(".bin") for split in manifest.splits.values() for shard in split.shards):
+        raise UserError(f"{path}: not a manifest of token shards (their names): choose another folder")
+    manifest.directory, manifest.url = Path(constants.HF_HOME) / "llmkit" / "shards" / manifest.fingerprint, url
     return manifest
 
 

@@ -133,7 +133,7 @@ def windows_of_record(data: Mapping, split: str, block_size: int) -> TokenWindow
 def _recorded(source: Mapping) -> Manifest:
     manifest = manifest_of_run(load_manifest(source["directory"]), source)
     if manifest.fingerprint != source["fingerprint"]:
-        raise UserError(f"{manifest.directory} holds other tokens than those of the run: find the run's own shards")
+        raise UserError(f"{manifest.place} holds other tokens than those of the run: find the run's own shards")
     return manifest
 
 

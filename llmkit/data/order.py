@@ -97,7 +97,7 @@ class WindowBatchSampler(Sampler[list[int]]):
     skipped = 0
 
     def __init__(self, order: WindowOrder, batch_sizes: BatchSizes):
-        self.order, self.batch_sizes = order, batch_sizes
+        self.orders, self.batch_sizes = [order], batch_sizes
 
     def __len__(self) -> int:
         return len(self.batch_sizes)
@@ -110,4 +110,4 @@ class WindowBatchSampler(Sampler[list[int]]):
 
     def windows(self, start: int, stop: int) -> list[int]:
         """The windows from place `start` to before `stop` of the whole run's order."""
-        return self.order.windows(start, stop)
+        return self.orders[0].windows(start, stop)

@@ -6,8 +6,10 @@ import itertools
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,17 @@ from transformers import PreTrainedTokenizerBase
 from llmkit.console import say
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import Corpus, open_corpus
+from llmkit.data.fetching import PATIENCE, patiently, read
 from llmkit.data.files import is_remote
-from llmkit.data.manifest import JOURNAL, MANIFEST, SPLITS, Manifest, load_manifest
+from llmkit.data.manifest import JOURNAL, MANIFEST, SPLITS, Manifest, check_tokenizer, load_manifest
 from llmkit.data.mixture import MixedWindows
 from llmkit.data.places import RemotePlace
+from llmkit.data.preparation import check_settings
 from llmkit.data.shards import prepare_shards
 from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer, train_character_tokenizer
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
-from llmkit.files import write_json
+from llmkit.files import write_json, write_whole
 
 # A vocabulary of 50k is settled by a few hundred megabytes; more text costs time and changes little.
 TOKENIZER_TRAINING_CHARACTERS = 300_000_000
@@ -46,6 +50,8 @@ def prepare_pretraining_data(args: DataArguments, **how: Any) -> tuple[PreTraine
     """
     if args.data is not None:
         raise UserError("data names several sources: llmkit.data.prepare.prepare_windows prepares them all")
+    if args.shards_url:
+        return _of_url(args, args.shards_url)
     if args.data_dir and is_prepared_elsewhere(args):
         directory = Path(args.data_dir)
         _check_source(directory, args)
@@ -80,17 +86,17 @@ def prepare_windows(
         if max_steps < 1:
             raise UserError("prepare: ahead needs max_steps: nobody knows yet how long an epoch is")
         return prepare_ahead(args, block_size)
-    sources, group = args.sources(), args.shard_group
+    sources, how = args.sources(), (block_size, args.shard_group, args.shard_cache_gb)
     if not sources:
         tokenizer, manifest = prepare_pretraining_data(args)
-        train, validation = (TokenWindows(manifest, split, block_size, group) for split in SPLITS)
+        train, validation = (TokenWindows(manifest, split, *how) for split in SPLITS)
         return tokenizer, train, validation
     prepared = {source.name: prepare_pretraining_data(source.args) for source in sources}
     manifests = {name: manifest for name, (_, manifest) in prepared.items()}
     tokenizer, _ = prepared[sources[0].name]
     weights = {source.name: source.weights for source in sources}
     train, validation = (
-        MixedWindows({name: TokenWindows(made, split, block_size, group) for name, made in manifests.items()}, weights)
+        MixedWindows({name: TokenWindows(made, split, *how) for name, made in manifests.items()}, weights)
         for split in SPLITS
     )
     return tokenizer, train, validation
@@ -120,6 +126,27 @@ def prepare_at(
                 for path in (*sorted(directory.glob(f"{TOKENIZER}/*")), directory / SOURCE):
                     place.upload(path, path.relative_to(directory).as_posix())
             return make(corpus, tokenizer, place)
+
+
+def _of_url(args: DataArguments, url: str) -> tuple[PreTrainedTokenizerBase, Manifest]:
+    """The tokenizer and the manifest of shards at a URL, which are taken as they are: what is said has to fit them."""
+    manifest = load_manifest(url)
+    assert manifest.directory is not None
+    found = manifest.settings | {"vocab_size": manifest.vocab_size}
+    said = {name: getattr(args, name) for name in ("validation_fraction", "validation_split", "vocab_size")}
+    check_settings(url, found, {name: value for name, value in said.items() if value != getattr(DataArguments, name)})
+    folder = manifest.directory / TOKENIZER
+    if _is_trained(args):  # the one that was made for the shards
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            source = f"{url.rstrip('/')}/{TOKENIZER}/{file}"
+            with FileLock(folder / ".lock"):
+                if not (folder / file).exists():
+                    data = patiently(partial(read, source), source, time.monotonic() + PATIENCE)
+                    write_whole(folder / file, data)
+    tokenizer = load_tokenizer(str(folder) if _is_trained(args) else args.tokenizer)
+    check_tokenizer(manifest, tokenizer)
+    return tokenizer, manifest
 
 
 @contextmanager

@@ -18,22 +18,27 @@ class DamagedShard(UserError):
 
 
 class OpenFiles:
-    """Files that are open for reading, `MAX_OPEN` at most. A copy for another process starts with none."""
+    """Files that are open for reading, `MAX_OPEN` or `most` of them. A copy for another process starts with none."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        self.most = most
         self.opened: dict[Path, FileIO] = {}
+
+    def open(self, path: Path) -> FileIO:
+        """The file, opened for reading."""
+        return FileIO(path)
 
     def read(self, path: Path, start: int, size: int) -> bytes:
         """`size` bytes from the byte `start` on, or as many of them as there are."""
         file = self.opened.get(path)
         if file is None:
-            if len(self.opened) >= MAX_OPEN:
+            if len(self.opened) >= (self.most or MAX_OPEN):
                 self.opened.pop(next(iter(self.opened))).close()
-            file = self.opened[path] = FileIO(path)
+            file = self.opened[path] = self.open(path)
         return os.pread(file.fileno(), size, start)
 
     def __getstate__(self) -> dict:
-        return {"opened": {}}
+        return {**vars(self), "opened": {}}
 
 
 class ShardFile:

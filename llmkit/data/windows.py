@@ -12,9 +12,11 @@ import xxhash
 from torch.utils.data import Dataset, default_collate
 from transformers import PreTrainedTokenizerBase
 
+from llmkit.data.arguments import REMOTE_GROUP, DataArguments
 from llmkit.data.encoding import token_dtype
 from llmkit.data.manifest import SPLITS, Manifest, Shard, Split, load_manifest
 from llmkit.data.order import BatchSizes, WindowBatchSampler, WindowOrder
+from llmkit.data.shard_cache import CachedFiles, ShardCache
 from llmkit.data.shard_files import DamagedShard, OpenFiles, ShardFile
 from llmkit.data.tokenizer import decode, tokenizer_fingerprint
 from llmkit.errors import UserError
@@ -34,18 +36,28 @@ class TokenWindows(Dataset):
     are small. `from_tokens` makes windows over arrays in memory.
 
     Args:
-        shards: a folder of shards, or its manifest.
+        shards: a folder or a URL of shards, or its manifest.
         split: "train" or "validation".
         block_size: T.
-        shard_group: the number of consecutive shards whose windows are shuffled together; None for all of them.
+        shard_group: the number of consecutive shards whose windows are shuffled together. By default all of them, and
+            `REMOTE_GROUP` of a URL.
+        cache_gb: the bound of the cache for shards of URLs, in 10^9 bytes.
 
     Raises:
         UserError: no finished shards there, or a split that is too short for one window.
     """
 
-    def __init__(self, shards: Manifest | str | Path, split: str, block_size: int, shard_group: int | None = None):
+    def __init__(
+        self,
+        shards: Manifest | str | Path,
+        split: str,
+        block_size: int,
+        shard_group: int | None = None,
+        cache_gb: float = DataArguments.shard_cache_gb,
+    ):
         manifest = shards if isinstance(shards, Manifest) else load_manifest(shards)
-        self.manifest, self.split, self.shard_group = manifest, split, shard_group
+        self.manifest, self.split = manifest, split
+        self.shard_group = shard_group or (REMOTE_GROUP if manifest.url else None)
         tokens = manifest.splits[split]
         self.block_size = block_size
         self.num_tokens = tokens.tokens
@@ -60,12 +72,14 @@ class TokenWindows(Dataset):
             self.num_windows = -(-(self.num_tokens - 1) // block_size)
         if self.num_windows < 1:
             raise UserError(
-                f"{manifest.directory or manifest.corpus}: the {split} split has {self.num_tokens:,} tokens, one "
+                f"{manifest.place or manifest.corpus}: the {split} split has {self.num_tokens:,} tokens, one "
                 f"window of block_size {block_size:,} takes {block_size + 1:,}: give more text or a smaller block_size"
             )
         self.shards: Sequence[np.ndarray | ShardFile] = []
+        self.cache = ShardCache(manifest, int(cache_gb * 1e9)) if manifest.url else None
         if manifest.directory is not None:
-            files = OpenFiles()
+            # Of the cache as many files are open as a group has, with the one in which its last window ends.
+            files = CachedFiles(self.cache, (self.shard_group or 0) + 1) if self.cache else OpenFiles()
             self.shards = [
                 ShardFile(manifest.directory / shard.name, self.dtype, shard.tokens, files) for shard in tokens.shards
             ]
@@ -184,7 +198,7 @@ class TokenWindows(Dataset):
                 short.append((row, max(0, len(window) - 1)))
         if (largest := rows.max(initial=0)) >= self.vocab_size:
             raise DamagedShard(
-                f"{self.manifest.directory}: token id {largest} in windows {list(indices)[:8]}, and the vocabulary "
+                f"{self.manifest.place}: token id {largest} in windows {list(indices)[:8]}, and the vocabulary "
                 f"has {self.vocab_size:,}: the shards are damaged, delete the folder and prepare them again"
             )
         shift_labels = rows[:, 1:].astype(np.int64)

@@ -133,8 +133,9 @@ def _first_rows(loaded: tuple[Source, Source]) -> Source:
 
 
 def _some_windows(folder: Path, data_args: DataArguments, vocab_size: int, block_size: int) -> TokenWindows:
-    """Windows over the first of the recipe's prepared text, or over random tokens."""
-    if prepared := prepared_shards(data_args):
+    """Windows over the first of the recipe's prepared text, or over random tokens where it is not on this machine."""
+    prepared = prepared_shards(data_args)
+    if prepared and prepared.url is None:
         text = TokenWindows(prepared, "train", block_size)
         ids = np.concatenate([text[number]["input_ids"] for number in range(min(WINDOWS, len(text)))])
     else:

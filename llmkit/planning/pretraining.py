@@ -104,7 +104,12 @@ def pretraining_step(
 
 
 def prepared_shards(args: DataArguments) -> Manifest | None:
-    """The shards that a run would find, in the folder that is given or in the one that local text would get."""
+    """The shards that a run would find, in the folder that is given or in the one that local text would get.
+
+    Of a URL, the manifest alone is read.
+    """
+    if args.shards_url:
+        return load_manifest(args.shards_url, patience=0)
     if args.data_dir:
         folder = Path(args.data_dir)
     elif args.dataset_name or args.text_files:

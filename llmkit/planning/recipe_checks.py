@@ -61,7 +61,7 @@ def _named(kind: RecipeKind, recipe: tuple) -> Iterator[tuple[str, str, str]]:
 
 
 def _is_prepared(source: DataArguments) -> bool:
-    return source.data_dir is not None and (Path(source.data_dir) / MANIFEST).exists()
+    return source.shards_url is not None or source.data_dir is not None and (Path(source.data_dir) / MANIFEST).exists()
 
 
 def _on_hub(what: str, name: str, repo_type: str) -> Finding:

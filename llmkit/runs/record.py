@@ -121,7 +121,7 @@ def windows_record(train: TokenWindows | MixedWindows, held_out: TokenWindows | 
     """`data` of a run on token shards."""
     record: dict = {
         "description": train.manifest.corpus,
-        "directory": str(train.manifest.directory) if train.manifest.directory else None,
+        "directory": train.manifest.place,
         "fingerprint": train.manifest.fingerprint,
         "block_size": train.block_size,
         "train_tokens": train.num_tokens,
@@ -138,7 +138,7 @@ def windows_record(train: TokenWindows | MixedWindows, held_out: TokenWindows | 
     else:
         record["sources"] = {
             name: {
-                "directory": str(windows.manifest.directory),
+                "directory": windows.manifest.place,
                 "fingerprint": windows.manifest.fingerprint,
                 "weights": train.weights[name],
                 "train_tokens": windows.num_tokens,

@@ -99,7 +99,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase, manifest: Manifest | None) ->
     made_with, given = manifest.settings["tokenizer"], tokenizer_fingerprint(tokenizer)
     if made_with != given:
         return Check("tokenizer", False, f"the shards were made with another one ({made_with}, not {given})")
-    return Check("tokenizer", True, f"the one that {manifest.directory} was made with ({given})")
+    return Check("tokenizer", True, f"the one that {manifest.place} was made with ({given})")
 
 
 def _configuration(base: str | Path, run: Run | None) -> Check:
@@ -159,7 +159,7 @@ def find_shards(folder: Path, data_dir: str | None) -> Manifest | None:
     manifest = manifest_of_run(load_manifest(data_dir or data["directory"]), data)
     if manifest.fingerprint != data["fingerprint"]:
         raise UserError(
-            f"{manifest.directory} holds other data than {folder} was trained with: give --data_dir, where that is"
+            f"{manifest.place} holds other data than {folder} was trained with: give --data_dir, where that is"
         )
     return manifest
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import transformers
@@ -14,7 +13,6 @@ from torch.utils.data import DataLoader
 from llmkit.data.ahead import AheadWindows
 from llmkit.data.lookup import documents_of
 from llmkit.data.mixture import MixedWindows, MixtureSampler
-from llmkit.data.order import WindowBatchSampler
 from llmkit.data.windows import TokenWindows, collate_windows
 from llmkit.errors import UserError
 from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
@@ -25,17 +23,16 @@ from llmkit.runs.record import run_record, windows_record
 from llmkit.runs.run import PRETRAINING
 from llmkit.training.ahead import WaitForShards
 from llmkit.training.arguments import PretrainArguments
-from llmkit.training.base_trainer import ExactTrainer
 from llmkit.training.callbacks import Throughput
-from llmkit.training.checkpoints import step_of
 from llmkit.training.monitoring import HellaSwagInTraining, ParameterMonitor
 from llmkit.training.optimizers import OPTIMIZERS, is_fully_sharded, named_learning_rates
 from llmkit.training.run_arguments import check_length_is_fixed
 from llmkit.training.schedules import decisive_length, describe_schedule
+from llmkit.training.shard_supply import ShardSupply
 from llmkit.training.stopping import leave_signals_to_the_run
 
 
-class PretrainTrainer(ExactTrainer):
+class PretrainTrainer(ShardSupply):
     """Trains on windows of token shards.
 
     The batch of step s is a function of the seed and s alone: `WindowOrder` orders all windows, and the ranks
@@ -96,7 +93,7 @@ class PretrainTrainer(ExactTrainer):
         self.full_steps, self.batches = args.max_steps, args.batches(block_size)
         args.max_steps = record["steps"] = self.batches.num_steps
         seed = args.seed if args.data_seed is None else args.data_seed
-        self.sampler: WindowBatchSampler | MixtureSampler = train_dataset.sampler(self.batches, seed)
+        self.sampler = train_dataset.sampler(self.batches, seed)
         args.remove_unused_columns = False  # `shift_labels` reaches the model
 
         peak = peak_flops(args.device) if args.bf16 else None
@@ -151,22 +148,6 @@ class PretrainTrainer(ExactTrainer):
         if self.waiting and self.waiting.problem:
             raise UserError(str(self.stopped))
         return done
-
-    def take_folder(self, resume_from: str | None, fingerprint: str) -> None:
-        """Also has the first rank of each node read its shards once and compare their checksums."""
-        problem, step = None, step_of(resume_from) if resume_from else 0
-        self.sampler.skipped = step * self.batches.micro_batches
-        place = min(self.batches.windows_before(step), int(self.batches.ends[-1]) - 1)
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            pool.submit(self.sampler.windows, place, place + 1)  # meanwhile: it shuffles the group that comes first
-            if self.is_local_process_zero():
-                try:
-                    self.train_dataset.verify()
-                except UserError as error:
-                    problem = str(error)
-        if problem := self._first_problem(problem):
-            raise UserError(problem)
-        super().take_folder(resume_from, fingerprint)
 
     def create_optimizer(self, model=None):
         if self.args.optim in OPTIMIZERS and self.optimizer is None:
@@ -224,6 +205,8 @@ class PretrainTrainer(ExactTrainer):
         Trainer counts where it finds `labels`; these batches have `shift_labels` alone.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
         targets = sum((batch["shift_labels"] != IGNORE_INDEX).sum() for batch in batches)
         return batches, self.accelerator.reduce(targets, reduction="sum")
 

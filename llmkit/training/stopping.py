@@ -65,6 +65,11 @@ def _ask(reason: str) -> None:
             os.write(2, f"\n{reason}: {what}; once more ends at once\n".encode())  # print is not for handlers
 
 
+def is_asked_to_stop() -> bool:
+    """Whether this process was, while it trains."""
+    return _Requests.training and _Requests.reason is not None
+
+
 def is_listening() -> bool:
     """Whether this process is a program of llmkit's own; of somebody else's it is so during the training alone."""
     return _Requests.listening
