@@ -2,6 +2,7 @@
 # make test    run the tests
 # make lint    check style and types
 # make bench   measure training, fine-tuning and data beside what else there is: 20 minutes on 2 CPU cores
+# make bench-gpu   measure on a CUDA GPU, into one file under benchmarks/results/: less than 20 minutes
 # make docs    bring docs/ up to date with the code: its line numbers, and the reference of all keys
 # make chaos   kill runs 200 times, damage files, fill disks, send signals, change ranks; compare what comes out:
 #              a quarter of an hour on 2 CPU cores
@@ -15,7 +16,7 @@ DEMO := runs/pretrain_quickstart
 NANOGPT_FLAG := $(if $(NANOGPT),--nanogpt $(NANOGPT))
 PEERS := $(NANOGPT_FLAG) $(if $(BUILD_NANOGPT),--build-nanogpt $(BUILD_NANOGPT))
 
-.PHONY: install demo test lint docs bench chaos
+.PHONY: install demo test lint docs bench bench-gpu chaos
 .DEFAULT_GOAL := demo
 
 install: $(BIN)/.installed
@@ -51,6 +52,9 @@ bench: install
 	$(BIN)/python benchmarks/startup.py --rounds 2
 	$(BIN)/python benchmarks/scaling.py --rounds 2
 	$(BIN)/python benchmarks/generation.py --rounds 2 $(NANOGPT_FLAG)
+
+bench-gpu: install
+	$(BIN)/python benchmarks/gpu.py
 
 chaos: install
 	$(BIN)/python tests/chaos/chaos.py --kills 200

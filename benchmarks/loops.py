@@ -24,7 +24,7 @@ from llmkit.data.manifest import Manifest, Shard, Split
 from llmkit.data.tokenizer import train_character_tokenizer
 from llmkit.data.windows import TokenWindows
 from llmkit.files import checksum
-from llmkit.machine import set_up_cpu
+from llmkit.machine import set_up, set_up_cpu
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.pretrain_trainer import PretrainTrainer
 from measuring import forget_peak, synchronize, use_threads
@@ -149,6 +149,7 @@ def trainer_settings(shape: argparse.Namespace, folder: str) -> dict:
 def make_llmkit_trainer(shape: argparse.Namespace, folder: str) -> PretrainTrainer:
     windows = random_windows(shape, folder)
     args = PretrainArguments(**trainer_settings(shape, folder), total_batch_tokens=shape.batch_size * shape.block_size)
+    set_up(args)  # as a recipe does
     model = GPT2LMHeadModel(GPT2Config(**model_sizes(shape)))
     return PretrainTrainer(model, args, windows, windows, processing_class=train_character_tokenizer(["abc"]))
 

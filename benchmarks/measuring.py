@@ -134,3 +134,19 @@ def print_table(results: dict[str, list[dict[str, float]]], figures: dict[str, s
         print(row)
     if len(results) > 1:
         print(f"ratio: {first} / this row, the median of the rounds'", flush=True)
+
+
+def print_parts(rounds: list[dict[str, float]], whole: str, share: str, form: str) -> None:
+    """A row a part, in milliseconds: the median over the rounds, the spread, and its ratio to the part `whole`.
+
+    Args:
+        share: the head of the last column, which is empty where no round has the part `whole`.
+        form: the format of the ratio.
+    """
+    print(f"{'ms/step':>22}{'median':>10}{'min..max':>20}{share:>16}")
+    of = statistics.median(measured.get(whole, 0.0) for measured in rounds)
+    for part in rounds[0]:
+        values = [measured.get(part, 0.0) for measured in rounds]
+        ratio = f"{statistics.median(values) / of:{form}}" if of else ""
+        spread = f"{min(values):.3f}..{max(values):.3f}"
+        print(f"{part:>22}{statistics.median(values):>10.3f}{spread:>20}{ratio:>16}")

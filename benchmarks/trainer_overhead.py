@@ -20,7 +20,7 @@ from collections.abc import Callable
 from transformers import TrainerCallback
 
 from loops import add_shape_options, bare_step, batches_in_memory, describe, make_llmkit_trainer, parse_shape
-from measuring import add_options, machine, report, synchronize, take_turns
+from measuring import add_options, machine, print_parts, report, synchronize, take_turns
 
 WARMUP_STEPS = 5
 
@@ -125,13 +125,7 @@ def main() -> None:
         return
     print(f"{describe(options)}; {options.rounds} rounds of {options.steps} steps\n{machine()}")
     rounds = take_turns(["llmkit"], options.rounds)["llmkit"]
-    print(f"{'ms/step':>22}{'median':>10}{'min..max':>20}{'of a bare step':>16}")
-    bare = statistics.median(measured.get("bare loop", 0.0) for measured in rounds)
-    for part in rounds[0]:
-        values = [measured[part] for measured in rounds]
-        share = f"{statistics.median(values) / bare:.1%}" if bare else ""
-        spread = f"{min(values):.3f}..{max(values):.3f}"
-        print(f"{part:>22}{statistics.median(values):>10.3f}{spread:>20}{share:>16}")
+    print_parts(rounds, whole="bare loop", share="of a bare step", form=".1%")
 
 
 if __name__ == "__main__":

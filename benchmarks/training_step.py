@@ -18,10 +18,12 @@ scheduler here, only their steps, on batches that are in memory; they pad the vo
 Each measurement is a process of its own, and they take turns. tokens/s and memory are those of the steps after
 the first two. Memory is by how much the process (on a GPU: what is allocated) was larger at its peak than before the
 first step: activations, logits, gradients and optimizer state, not the weights. A ratio is the median of the rounds'
-ratios.
+ratios. With --compile, `before s` is the time that the first two steps and all around the steps took; most of it is
+the compiling, unless it is found in torch's cache of earlier runs.
 """
 
 import argparse
+import time
 
 from loops import LOOPS, WARMUP_STEPS, add_shape_options, describe, parse_shape
 from measuring import PeakMemory, add_options, machine, print_table, report, take_turns
@@ -30,9 +32,11 @@ from measuring import PeakMemory, add_options, machine, print_table, report, tak
 def measure(options: argparse.Namespace) -> dict[str, float]:
     train = LOOPS[options.peer](options)
     memory = PeakMemory()
+    start = time.perf_counter()
     seconds = train()
+    before = time.perf_counter() - start - seconds
     tokens = (options.steps - WARMUP_STEPS) * options.batch_size * options.block_size
-    return {"tokens/s": tokens / seconds, "memory MB": memory.growth() / 1e6}
+    return {"tokens/s": tokens / seconds, "memory MB": memory.growth() / 1e6, "before s": before}
 
 
 def main() -> None:
@@ -51,7 +55,8 @@ def main() -> None:
         parser.error(f"{without[0]} needs its checkout: --nanogpt DIR, --build-nanogpt DIR")
     peers = options.peers or [peer for peer in LOOPS if not missing.get(peer)]
     print(f"{describe(options)}; {options.rounds} rounds of {options.steps} steps\n{machine()}")
-    print_table(take_turns(peers, options.rounds), {"tokens/s": ",.0f", "memory MB": ",.0f"})
+    figures = {"tokens/s": ",.0f", "memory MB": ",.0f"} | ({"before s": ",.1f"} if options.compile else {})
+    print_table(take_turns(peers, options.rounds), figures)
 
 
 if __name__ == "__main__":

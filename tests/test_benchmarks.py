@@ -106,3 +106,56 @@ def test_command_line_prints_a_table_of_processes_that_took_turns(tmp_path):
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     expected = {peer: [{"turn": 0, "name": len(peer)}] for peer in ("a", "bb")}
     assert done.stdout.strip() == str(expected)
+
+
+def test_the_limit_replays_the_products_of_a_real_step():
+    from limit import ALONE, STEP, measure
+    from loops import SHAPES
+
+    measured = measure(argparse.Namespace(**SHAPES["tiny"], steps=4, bf16=False, compile=False))
+    parts = {"products", "attention", "loss", "optimizer", "element-wise", "Python", "Trainer"}
+    assert parts | {ALONE, STEP} == measured.keys()
+    assert measured[STEP] == pytest.approx(sum(measured[part] for part in parts))
+
+
+def test_products_are_noted_with_the_layouts_that_they_have():
+    import torch
+
+    from limit import Products, seconds_alone
+
+    x, weight = torch.randn(5, 3), torch.randn(3, 7)
+    out = torch.empty(5, 8)
+    with Products() as products:
+        x @ weight
+        x @ weight
+        torch.mm(x, weight, out=out[:, :7])
+        x + x
+    assert sorted(products.counted.values()) == [1, 2]
+    _, operands, named = next(product for product, count in products.counted.items() if count == 1)
+    assert [layout[:2] for layout in operands] == [((5, 3), (3, 1)), ((3, 7), (7, 1))]
+    assert named == (("out", ((5, 7), (8, 1), torch.float32)),)
+    assert seconds_alone(products.counted) > 0
+
+
+def test_what_is_alive_at_the_peak_is_what_a_plan_says(capsys, monkeypatch):
+    import memory
+
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--n_layer", "2", "--vocab_size", "5001", "--batch_size", "2"])
+    memory.main()
+    table = dict(line.strip().rsplit(maxsplit=2)[:2] for line in capsys.readouterr().out.splitlines()[1:])
+    parameters = (5001 + 256) * 384 + 2 * (12 * 384**2 + 13 * 384) + 2 * 384
+    assert int(table["weights"]) == round(4 * parameters / 1e6)
+    assert int(table["moments"]) == round(8 * parameters / 1e6)
+
+
+def test_gpu_benchmarks_fit_20_minutes_and_need_a_gpu(capsys):
+    import torch
+
+    import gpu
+
+    assert sum(minutes for *_, minutes in gpu.BENCHMARKS) < 20
+    assert all((BENCHMARKS / command.split()[0]).is_file() for _, command, _ in gpu.BENCHMARKS)
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            gpu.main()
+        assert "there is no CUDA GPU here" in capsys.readouterr().err
