@@ -28,6 +28,9 @@ class UserError(ValueError):
     of_one_rank = False
 
     def __init__(self, message: str):
+        # torch makes an error of a DataLoader's worker anew, from the worker's traceback, which ends with the message.
+        if message.startswith(f"Caught {type(self).__name__} in DataLoader worker"):
+            message = message.rpartition(f"{type(self).__name__}: ")[2]
         super().__init__(" ".join(message.split()))
 
 

@@ -105,6 +105,9 @@ def test_opening_reads_no_token(tmp_path):
     windows = TokenWindows(manifest, "train", 8)
     with pytest.raises(DamagedShard, match="train_00000.bin cannot be read: No such file"):
         windows[0]
+    loader = DataLoader(windows, batch_size=1, num_workers=1, collate_fn=collate_windows)
+    with pytest.raises(DamagedShard, match="^[^ ]*train_00000.bin cannot be read: No such file"):  # and no traceback
+        next(iter(loader))
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
