@@ -6,6 +6,7 @@ under the same names.
 
 import hashlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -75,15 +76,20 @@ def _logged_in_one_line() -> Iterator[None]:
 
 
 @contextmanager
-def _killed_workers_noticed(place: Place) -> Iterator[None]:
-    """Stop where the system has killed a local worker, as for memory: its pool would wait for the task for ever."""
+def _killed_workers_noticed(place: Place, workers: int) -> Iterator[None]:
+    """Stop where a local worker has been killed, as for memory: its pool would wait for the worker's task for ever.
+
+    The pool puts another process in the place of one that has ended. Processes are numbered as they are started, first
+    datatrove's manager and then the workers, so one with a number beyond these is such a process. (A worker that is
+    killed at once is never seen itself.)
+    """
     ended, killed = threading.Event(), threading.Event()
 
     def watch() -> None:
-        workers = set()
         while not ended.wait(0.5):
-            workers |= set(process.active_children())
-            if any(worker.exitcode == -signal.SIGKILL for worker in workers):
+            numbers = {child.name: int(re.split("[-:]", child.name)[-1]) for child in process.active_children()}
+            managers = [number for name, number in numbers.items() if "Manager" in name]
+            if managers and max(numbers.values()) > max(managers) + workers:
                 killed.set()
                 os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread, which waits for the pool
                 return
@@ -154,7 +160,7 @@ def prepare_in_tasks(
         ray.init(ignore_reinit_error=True)  # the cluster of RAY_ADDRESS, or this machine
         run = RayPipelineExecutor([PreparePart(parts)], workers=workers or -1, cpus_per_task=num_workers, **how)
     try:
-        with _killed_workers_noticed(place):
+        with _killed_workers_noticed(place, run.workers):
             run.run()
     finally:
         logger.enable("datatrove.executor")
