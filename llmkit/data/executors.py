@@ -75,6 +75,10 @@ def _logged_in_one_line() -> Iterator[None]:
         raise
 
 
+class _WorkerKilled(Exception):
+    """Raised where the main thread waits for a pool that has lost a worker."""
+
+
 @contextmanager
 def _killed_workers_noticed(place: Place, workers: int) -> Iterator[None]:
     """Stop where a local worker has been killed, as for memory: its pool would wait for the worker's task for ever.
@@ -83,29 +87,32 @@ def _killed_workers_noticed(place: Place, workers: int) -> Iterator[None]:
     datatrove's manager and then the workers, so one with a number beyond these is such a process. (A worker that is
     killed at once is never seen itself.)
     """
-    ended, killed = threading.Event(), threading.Event()
+    ended = threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.5):
             numbers = {child.name: int(re.split("[-:]", child.name)[-1]) for child in process.active_children()}
             managers = [number for name, number in numbers.items() if "Manager" in name]
             if managers and max(numbers.values()) > max(managers) + workers:
-                killed.set()
-                os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread, which waits for the pool
+                os.kill(os.getpid(), signal.SIGUSR1)  # wakes the main thread, which waits for the pool
                 return
 
+    def wake(number: int, frame) -> None:
+        raise _WorkerKilled
+
+    # SIGINT would not do: a command in the background of a script ignores it.
+    before = signal.signal(signal.SIGUSR1, wake)
     threading.Thread(target=watch, daemon=True).start()
     try:
         yield
-    except KeyboardInterrupt:
-        if not killed.is_set():
-            raise
+    except _WorkerKilled:
         raise UserError(
             f"{place}: a worker was killed, perhaps because the memory was full: give fewer --workers, and the "
             "command goes on with the tasks that have not finished"
         ) from None
     finally:
         ended.set()
+        signal.signal(signal.SIGUSR1, before)
 
 
 def prepare_in_tasks(

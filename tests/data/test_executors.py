@@ -94,8 +94,12 @@ class KilledOnce(Parts):
 def test_a_worker_that_was_killed_is_noticed_and_its_task_run_again(texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("llmkit.data.executors.Parts", KilledOnce)
     local = ["--executor", "local", "--tasks", str(TASKS), "--workers", "2"]
-    with pytest.raises(SystemExit):
-        prepare("mine", *local)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+    try:
+        with pytest.raises(SystemExit):
+            prepare("mine", *local)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "a worker was killed" in capsys.readouterr().err.splitlines()[-1]
     prepare("mine", *local)
     assert shards_of("mine") == of_one_process(tmp_path / "expected")
