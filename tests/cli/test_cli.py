@@ -186,10 +186,13 @@ def test_shards_prepare_hands_over_every_flag(text_file, tokenizer, monkeypatch)
     assert expected.items() <= received.items()
 
 
+OF_A_RUN = {"data", "data_dir", "prepare", "shard_cache_gb", "shard_group"}  # fields that say how shards are used
+
+
 def test_defaults_of_shards_prepare_are_the_recipes():
     """So that shards prepared on a login node are found again by a recipe that says the same."""
     args = vars(cli.parser().parse_args(["shards", "prepare", "--output", "o"]))
-    fields = [field for field in dataclasses.fields(DataArguments) if field.name not in ("data", "data_dir")]
+    fields = [field for field in dataclasses.fields(DataArguments) if field.name not in OF_A_RUN]
     defaults = {field.name: field.default for field in fields}
     assert defaults == {name: args[name] for name in defaults}
 
@@ -199,7 +202,7 @@ def test_every_field_of_the_data_arguments_is_a_flag_that_reads_its_type():
     given = {"text_files": ["a", "b"], "dataset_name": "n", "dataset_config": "c", "dataset_split": "s"}
     given |= {"text_column": "t", "streaming": True, "tokenizer": "x", "vocab_size": 300}
     given |= {"validation_fraction": 0.5, "validation_split": "tail"}
-    assert given.keys() == {field.name for field in dataclasses.fields(DataArguments)} - {"data", "data_dir"}
+    assert given.keys() == {field.name for field in dataclasses.fields(DataArguments)} - OF_A_RUN
     argv = ["shards", "prepare", "--output", "o"]
     for name, value in given.items():
         argv += [f"--{name}", *([] if value is True else map(str, value if isinstance(value, list) else [value]))]
