@@ -9,13 +9,16 @@ import pytest
 UNREACHABLE = "http://127.0.0.1:9"  # the port of the discard service, where nothing listens
 
 
+NO_SHAPE = ["--n_layer", "null", "--n_head", "null", "--n_embd", "null"]
+
+
 @pytest.mark.parametrize(
     "command",
     [
         ["generate", "nobody/nothing", "x"],
         ["merge", "nobody/nothing", "merged"],
         ["tokenizer", "show", "x", "--tokenizer", "nobody/nothing"],
-        ["train", "pretrain_quickstart", "--init_from", "nobody/nothing"],
+        ["train", "pretrain_quickstart", "--init_from", "nobody/nothing", *NO_SHAPE],
         ["shards", "prepare", "--output", "shards", "--dataset_name", "nobody/nothing"],
     ],
     ids=lambda command: command[0],
