@@ -4,11 +4,13 @@ import multiprocessing
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import fsspec
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
 
 from llmkit.data import fetching
 from llmkit.data.arguments import DataArguments
@@ -82,7 +84,7 @@ def test_what_goes_wrong_is_tried_again(many_shards, server, failure, monkeypatc
 
 @pytest.mark.parametrize(
     ("failure", "message"),
-    [(500, "500"), ("wrong", "another checksum"), ("short", r"bytes came instead of"), (403, "403")],
+    [(500, "500"), ("wrong", "another checksum"), ("short", r"bytes came instead of")],
 )
 def test_patience_ends_with_one_line(server, failure, message, monkeypatch):
     monkeypatch.setattr(fetching, "PATIENCE", 0.2)
@@ -94,11 +96,49 @@ def test_patience_ends_with_one_line(server, failure, message, monkeypatch):
     assert cached() == []
 
 
-def test_a_shard_that_is_not_there_is_not_tried_again(server):
-    server.failures["train_00000.bin"] = [404]
-    with pytest.raises(Unreachable, match=r"train_00000.bin cannot be fetched: there is no such file"):
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (404, "there is no such file$"),
+        (401, "the server answers 401: check the"),
+        (403, "the server answers 403: check the"),
+    ],
+)
+def test_an_answer_that_would_be_the_same_again_is_not_asked_for_again(server, status, message):
+    server.failures["train_00000.bin"] = [status]
+    with pytest.raises(Unreachable, match=rf"/train_00000.bin cannot be fetched: .*{message}"):
         TokenWindows(server.url, "train", BLOCK)[0]
     assert len(server.asked("train_00000.bin")) == 1
+
+
+class GcsError(Exception):
+    code = 401
+
+
+class NoCredentialsError(Exception):
+    pass
+
+
+HUB = RepositoryNotFoundError("no", response=SimpleNamespace(status_code=401, headers={}, request=None))
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "message"),
+    [
+        (PermissionError("The AWS Access Key Id you provided does not exist"), None, "The AWS Access Key Id"),
+        (NoCredentialsError("Unable to locate credentials"), None, "Unable to locate credentials: check the"),
+        (OSError("Forbidden: bucket/shard\nno access"), None, "Forbidden: bucket/shard no access: check the"),
+        (GcsError("Login required"), None, "the server answers 401: check the credentials"),
+        (FileNotFoundError("me/corpus"), HUB, "the server answers 401: give a token"),
+    ],
+)
+def test_each_file_system_refuses_in_its_own_way(error, cause, message):
+    def attempt():
+        raise error from cause
+
+    url = "hf://datasets/me/corpus/manifest.json" if cause else "s3://bucket/manifest.json"
+    with pytest.raises(Unreachable, match=f"^{url} cannot be fetched: {message}.* may read it"):
+        fetching.patiently(attempt, url, time.monotonic() + 100)
 
 
 # ----------------------------------------------------------------------------- the cache
