@@ -51,8 +51,9 @@ def read_all(place: Path | str, options: argparse.Namespace) -> float:
     ahead = ReadAhead([(windows, order, len(windows))], [held_out])
     for start in range(0, len(windows), BATCH):
         stop = min(start + BATCH, len(windows))
-        if ahead.move([(start, stop)]):
-            ahead.wait(lambda: False)
+        if ahead.want([(start, stop)]):
+            while not ahead.wait():
+                assert ahead.problem() is None
         windows.__getitems__(order.windows(start, stop))
     ahead.close()
     return time.perf_counter() - begun

@@ -5,7 +5,10 @@ and the step alone, and not on how fast the text is tokenized. From the second p
 What is held out is fixed with the first group: the first shard of the validation split, which is closed with it.
 """
 
+import bisect
 import json
+import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,8 @@ from llmkit.data.windows import TokenWindows
 
 if TYPE_CHECKING:
     from llmkit.data.prepare_ahead import PreparingProcess
+
+LOOK = 0.5  # seconds between two looks at the journal
 
 
 class AheadWindows(TokenWindows):
@@ -100,6 +105,52 @@ class _OrderAhead(WindowOrder):
     def windows(self, start: int, stop: int) -> list[int]:
         assert self.ahead.complete or stop <= self.bounds[-1], "shards that are not there yet"
         return super().windows(start, stop)
+
+
+class TokenizedAhead:
+    """What a run on `AheadWindows` waits for: as `ReadAhead`, which is for shards at URLs.
+
+    Args:
+        total: windows that are drawn in the whole run.
+    """
+
+    why = "tokenizing is slower than training"
+
+    def __init__(self, windows: AheadWindows, total: int):
+        self.windows, self.total = windows, total
+        self.wanted = 0  # windows, counted from the beginning
+        self.whole: float = 0  # of these, those of groups that have been waited for, which are whole on all ranks
+
+    def want(self, places: Sequence[tuple[int, int]]) -> bool:
+        """Ask for the windows at these places. Returns whether `wait` has to be called, the same on all ranks."""
+        ((_, self.wanted),) = places
+        return self.wanted > self.whole
+
+    def wait(self) -> bool:
+        """Whether what is wanted is here; if not, some time has passed."""
+        self.windows.look()
+        if not self._has(self.wanted):
+            time.sleep(LOOK)
+            return False
+        bounds = [*self.windows.bounds, math.inf]  # beyond the last one all is there
+        self.whole = bounds[bisect.bisect_left(bounds, self.wanted)]
+        return True
+
+    def problem(self) -> str | None:
+        """What keeps this rank from getting all windows of the run."""
+        child = self.windows.child
+        if self._has(self.total) or child is None or (problem := child.problem()) is None:
+            return None
+        self.windows.look()  # it may have made enough before
+        return None if self._has(self.total) else problem
+
+    def close(self) -> None:
+        """Leave what is still being tokenized as it is; it can go on."""
+        if self.windows.child:
+            self.windows.child.stop()
+
+    def _has(self, count: int) -> bool:
+        return self.windows.complete or len(self.windows) >= count
 
 
 def first_group(manifest: Manifest, shard_group: int) -> Manifest:

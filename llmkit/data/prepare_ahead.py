@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llmkit.console import say
-from llmkit.data.ahead import AheadWindows, finished_shards, first_group
+from llmkit.data.ahead import LOOK, AheadWindows, finished_shards, first_group
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import Corpus
 from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
@@ -30,7 +30,6 @@ from llmkit.data.shards import make_manifest, shard_settings
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 
-LOOK = 0.5  # seconds between two looks at the journal
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
 
 

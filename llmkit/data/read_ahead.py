@@ -1,40 +1,42 @@
-"""A run on shards at URLs: it holds those of the windows that come next, and fetches those after them meanwhile."""
+"""A run on shards at URLs: it waits for those that its next steps read, and fetches those after them meanwhile."""
 
 import bisect
 import itertools
-import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, wait
 from io import FileIO
+
+import numpy as np
 
 from llmkit.data.order import WindowOrder
 from llmkit.data.shard_cache import ShardCache
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 
-Wanted = dict[tuple[ShardCache, str], None]  # shards by name, in the order in which they are wanted
-ANY = range(sys.maxsize)
-LOOK = 0.2  # seconds between two looks at whether the run was asked to stop
+Shards = dict[tuple[ShardCache, str], None]  # by name, in the order in which they are wanted
+LOOK = 0.2  # seconds of a wait, after which all ranks see whether to stop
 
 
 class ReadAhead:
     """The shards of URLs that a run holds: all for validation, and those of the groups it is at, was at and comes to.
 
-    Those it was at may still be read by a DataLoader's workers. Sources in local folders are left out.
+    Sources in local folders are left out.
 
     Args:
         sources: of each source the windows to train on, their order, and how many are drawn in the whole run.
         held_out: the windows for validation.
     """
 
+    why = "they are being fetched"
+
     def __init__(self, sources: Sequence[tuple[TokenWindows, WindowOrder, int]], held_out: Sequence[TokenWindows]):
         self.sources = sources
-        self.always: Wanted = {}
+        self.always: Shards = {}
         for windows in held_out:
             self.always |= _shards(windows, 0, len(windows))
-        self.here: Wanted = {}
-        self.groups: list[tuple[range, range]] = []  # of each source, the places of the first group here, and the last
+        self.wanted: Shards = {}  # by the next steps
+        self.held: Shards = {}  # of the groups of these, and of those after them
         self.files: dict[tuple[ShardCache, str], Future[FileIO]] = {}
 
     def check_room(self, most: int) -> None:
@@ -60,64 +62,59 @@ class ReadAhead:
                 f"{need / 1e9:.3g} GB: give as much, or a smaller shard_group"
             )
 
-    def move(self, places: Sequence[tuple[int, int]]) -> bool:
-        """Begin to fetch the shards of the groups at these places of each source's order, and of those after them.
+    def want(self, places: Sequence[tuple[int, int]]) -> bool:
+        """Ask for the shards of the windows at these places of each source's order, and no others until they are here.
+
+        The rest of their groups, and the groups after them, are fetched when it is called again.
 
         Returns:
-            Whether these are others than before, so that `wait` has something to wait for.
+            Whether `wait` has to be called, as some of them were not wanted before. All ranks get the same.
         """
-        if self.here and all(map(_both_in, places, self.groups)):
-            return False
-        here: Wanted = dict(self.always)
-        after: Wanted = {}
-        self.groups = []
+        wanted, held = dict(self.always), dict(self.always)
         for (windows, order, total), (place, stop) in zip(self.sources, places, strict=True):
-            groups = [] if windows.cache else [ANY]
-            while windows.cache:
+            if windows.cache is None:
+                continue
+            wanted |= _shards_of(windows, order.windows(place, stop))
+            while place < total:
                 _, group, begin = order.group_at(place)
                 ends = order.bounds[group], order.bounds[group + 1]
-                if begin >= stop and groups:
-                    after |= _shards(windows, *ends) if begin < total else {}
+                held |= _shards(windows, *ends)
+                if begin >= stop:
                     break
-                here |= _shards(windows, *ends)
                 place = begin + ends[1] - ends[0]
-                groups.append(range(begin, place))
-            self.groups.append((groups[0], groups[-1]))
-        if here == self.here:
-            return False
-        for key in self.files.keys() - (self.here | here | after).keys():
-            self.files.pop(key).add_done_callback(_close)
-        self.here = here
-        for key in here | after:
-            if key not in self.files or _failed(self.files[key]):
+        new = [key for key in wanted if key not in self.wanted]
+        if [*held] != [*self.held]:  # in another group, also where a pass ends with that with which the next begins
+            for key in self.files.keys() - (self.held | held).keys():
+                self.files.pop(key).add_done_callback(_close)
+        self.wanted, self.held = wanted, held
+        for key in new or held:
+            if key not in self.files or (new and _failed(self.files[key])):
                 self.files[key] = _in_thread(*key)
-        return True
+        return bool(new)
 
-    def wait(self, is_asked_to_stop: Callable[[], bool]) -> None:
-        """Wait for the shards that are wanted now, or until the run is asked to stop.
+    def wait(self) -> bool:
+        """Whether the shards that are wanted are here; if not, one has failed, or some time has passed."""
+        done, waiting = wait([self.files[key] for key in self.wanted], timeout=LOOK)
+        return not waiting and not any(map(_failed, done))
 
-        Raises:
-            UserError: one cannot be fetched.
-        """
-        futures = [self.files[key] for key in self.here]
-        while not is_asked_to_stop() and not all(future.done() for future in futures):
-            wait(futures, timeout=LOOK)
-        for future in futures:
-            if future.done():
-                future.result()
+    def problem(self) -> str | None:
+        """Why a shard that is wanted cannot be fetched."""
+        try:
+            for key in self.wanted:
+                if self.files[key].done():
+                    self.files[key].result()
+        except UserError as error:
+            return str(error)
+        return None
 
     def close(self) -> None:
         """Hold nothing any more."""
         while self.files:
             self.files.popitem()[1].add_done_callback(_close)
-        self.here = {}
+        self.wanted, self.held = {}, {}
 
 
-def _both_in(places: tuple[int, int], groups: tuple[range, range]) -> bool:
-    return places[0] in groups[0] and max(places[0], places[1] - 1) in groups[1]
-
-
-def _shards(windows: TokenWindows, first: int, stop: int) -> Wanted:
+def _shards(windows: TokenWindows, first: int, stop: int) -> Shards:
     """Of the windows from `first` to before `stop`, with that of their last target; none of a local folder."""
     if windows.cache is None or first == stop:
         return {}
@@ -127,7 +124,17 @@ def _shards(windows: TokenWindows, first: int, stop: int) -> Wanted:
     return {(windows.cache, shard.name): None for shard in shards}
 
 
-def _bytes(shards: Wanted) -> int:
+def _shards_of(windows: TokenWindows, numbers: list[int]) -> Shards:
+    """Of the windows with these numbers, each with that of its last target."""
+    assert windows.cache is not None, "those of a folder are there"
+    firsts = np.array(numbers, dtype=np.int64)[:, None] * windows.block_size
+    ends = np.searchsorted(windows.starts, firsts + [0, windows.block_size], side="right")
+    shards = windows.manifest.splits[windows.split].shards
+    read = (shard for begin, end in np.unique(ends, axis=0).tolist() for shard in shards[begin - 1 : end])
+    return {(windows.cache, shard.name): None for shard in read}
+
+
+def _bytes(shards: Shards) -> int:
     return sum(cache.size(name) for cache, name in shards)
 
 

@@ -21,7 +21,6 @@ from llmkit.model.loss import IGNORE_INDEX
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 from llmkit.runs.record import run_record, windows_record
 from llmkit.runs.run import PRETRAINING
-from llmkit.training.ahead import WaitForShards
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.callbacks import Throughput
 from llmkit.training.monitoring import HellaSwagInTraining, ParameterMonitor
@@ -118,12 +117,6 @@ class PretrainTrainer(ShardSupply):
             plugin = self.accelerator.state.fsdp_plugin
             assert plugin is not None, "under FSDP"
             keep_sums_in_float32(plugin)
-        self.waiting: WaitForShards | None = None
-        if isinstance(train_dataset, AheadWindows):
-            in_workers = args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)  # 2 is torch's default
-            read_ahead = (1 + in_workers) * args.world_size  # accelerate's loader is one batch ahead
-            self.waiting = WaitForShards(train_dataset, self.batches, self.stop_on_request, read_ahead)
-            self.add_callback(self.waiting)
         self.monitor = ParameterMonitor(model, args.monitor_steps) if args.monitor_steps else None
         if self.monitor:
             self.add_callback(self.monitor)
@@ -133,21 +126,6 @@ class PretrainTrainer(ShardSupply):
             batch_size = max(1, args.per_device_eval_batch_size // len(rows[0]["endings"]))
             every, stop = args.hellaswag_steps, self.stop_on_request
             self.add_callback(HellaSwagInTraining(questions, every, batch_size, self.accelerator, self.log, stop))
-
-    def train(self, *args, **kwargs):
-        """Trainer's; what is still being tokenized is left as it is at the end, and can go on.
-
-        Raises:
-            UserError: the text could not be tokenized further; there is a checkpoint.
-        """
-        try:
-            done = super().train(*args, **kwargs)
-        finally:
-            if self.waiting and self.waiting.windows.child:
-                self.waiting.windows.child.stop()
-        if self.waiting and self.waiting.problem:
-            raise UserError(str(self.stopped))
-        return done
 
     def create_optimizer(self, model=None):
         if self.args.optim in OPTIMIZERS and self.optimizer is None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 import psutil
 import torch
@@ -142,17 +143,21 @@ class EvaluationStopped(Exception):
 
 
 class StopOnRequest(TrainerCallback):
-    """Ends the training of all ranks after the step in which one of them was asked to.
+    """Ends the training of all ranks after the step in which one of them was asked to, or met a problem.
 
-    The flags are summed at each step on the CPU: that waits for the slowest rank's Python, not for a device. It is
+    The ranks agree on it at each step on the CPU: that waits for the slowest rank's Python, not for a device. It is
     also where a rank that has died is noticed.
 
     Attributes:
+        problem: tells what keeps this rank from going on, or None.
         stopped: why the run was stopped before its end, or None.
+        has_failed: whether that was a problem.
     """
 
     def __init__(self):
+        self.problem: Callable[[], str | None] = lambda: None
         self.stopped: str | None = None
+        self.has_failed = False
         self.group = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -160,20 +165,27 @@ class StopOnRequest(TrainerCallback):
             _Requests.handlers = {number: signal.getsignal(number) for number in SIGNALS}
             listen()
         self.stopped = _Requests.reason = _Requests.first = None  # of an earlier training of this process
-        if args.world_size > 1 and self.group is None:
-            self.group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
+        self.has_failed = False
         _Requests.training = True
 
+    def on_all_ranks(self, args, is_so: bool) -> bool:
+        """Whether it is so on every rank; all ranks call it at the same time."""
+        if args.world_size == 1:
+            return is_so
+        if self.group is None:
+            self.group = dist.new_group(backend="gloo", timeout=args.ddp_timeout_delta)
+        least = torch.tensor(int(is_so))
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.group)
+        return bool(least.item())
+
     def agreed(self, args) -> bool:
-        """Whether any rank was asked to stop; all ranks call it at the same time."""
-        if args.world_size > 1:
-            flag = torch.tensor(int(_Requests.reason is not None))
-            dist.all_reduce(flag, group=self.group)
-            if not flag.item():
-                return False
-        elif _Requests.reason is None:
+        """Whether all ranks are to stop; they call it at the same time."""
+        problem, request = self.problem(), _Requests.reason if _Requests.training else None
+        if self.on_all_ranks(args, problem is None and request is None):
             return False
-        self.stopped = next(filter(None, gather_object([_Requests.reason])))
+        problems, requests = gather_object([problem]), gather_object([request])
+        self.has_failed = any(problems)
+        self.stopped = next(filter(None, problems + requests))
         return True
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -1,5 +1,6 @@
 """Shards at a URL are read as those of a folder, whatever the network does, and the cache keeps its bound."""
 
+import itertools
 import multiprocessing
 import os
 import time
@@ -237,6 +238,14 @@ def names_of_group(windows: TokenWindows, group: int) -> set[str]:
     }
 
 
+def wait_for(ahead: ReadAhead, places: list[tuple[int, int]]) -> None:
+    """As a run, which calls `want` again at its next step, and has the rest fetched then."""
+    ahead.want(places)
+    while not ahead.wait():
+        assert ahead.problem() is None
+    assert not ahead.want(places)
+
+
 def test_the_next_group_is_fetched_while_one_is_at_work(server):
     windows, held_out = (TokenWindows(server.url, split, BLOCK, 2) for split in ("train", "validation"))
     order = windows.order(1)
@@ -246,16 +255,48 @@ def test_the_next_group_is_fetched_while_one_is_at_work(server):
         _, group, begin = order.group_at(place)
         groups.append(group)
         size = order.bounds[group + 1] - order.bounds[group]
-        assert ahead.move([(place, place + 2)]) and not ahead.move([(place + 1, place + 3)])
-        ahead.wait(lambda: False)
+        wait_for(ahead, [(place, place + 2)])
         place = begin + size
         names = {name for _, name in ahead.files}
         wanted = set().union(*(names_of_group(windows, number) for number in groups[-2:])) | validation
         if place < 2 * len(windows):
             wanted |= names_of_group(windows, order.group_at(place)[1])
         assert names == wanted, "the group before, this one, and the one after"
-    assert not ahead.move([(place - 2, place)])
     ahead.close()
+
+
+def test_what_the_next_steps_read_comes_first_and_alone(server):
+    """Of a group of one shard that is this shard: the others cannot keep a resumed run from its step."""
+    windows, held_out = (TokenWindows(server.url, split, BLOCK, 1) for split in ("train", "validation"))
+    order = windows.order(1)
+    _, group, place = order.group_at(len(windows) // 2)
+    first, validation = (
+        f"train_{group:05d}.bin",
+        {shard.name for shard in held_out.manifest.splits["validation"].shards},
+    )
+    ahead = ReadAhead([(windows, order, len(windows))], [held_out])
+    assert ahead.want([(place, place + 3)])
+    while not ahead.wait():
+        assert ahead.problem() is None
+    assert {name for _, name in ahead.files} == {first} | validation == set(server.asked(".bin"))
+    assert not ahead.want([(place + 1, place + 4)]), "the same shards"
+    assert names_of_group(windows, group) < {name for _, name in ahead.files}
+    ahead.close()
+
+
+def test_windows_are_read_from_the_shards_that_are_wanted_for_them(server):
+    """Also those of which a window has its last target alone, and those that are shorter than a window."""
+    for block_size in (BLOCK, 700, 2100):
+        windows = TokenWindows(server.url, "train", block_size, 3)
+        order, tokens = windows.order(1), [range(a, b) for a, b in itertools.pairwise(windows.starts)]
+        ahead = ReadAhead([(windows, order, len(windows))], [])
+        for place in range(0, len(windows), 5):
+            numbers = order.windows(place, min(place + 2, len(windows)))
+            read = {n * block_size + offset for n in numbers for offset in range(block_size + 1)}
+            ahead.want([(place, place + len(numbers))])
+            expected = {f"train_{number:05d}.bin" for number, of in enumerate(tokens) if read & set(of)}
+            assert {name for _, name in ahead.wanted} == expected
+        ahead.close()
 
 
 def test_a_failed_read_ahead_is_made_good_when_the_shard_is_wanted(server, monkeypatch):
@@ -264,16 +305,18 @@ def test_a_failed_read_ahead_is_made_good_when_the_shard_is_wanted(server, monke
     order = windows.order(1)
     _, first, _ = order.group_at(0)
     begin = order.bounds[first + 1] - order.bounds[first]
-    later = max(names_of_group(windows, order.group_at(begin)[1]) - names_of_group(windows, first))
+    later = f"train_{order.group_at(begin)[1]:05d}.bin"
     server.failures[later] = [500] * FOR_EVER
     ahead = ReadAhead([(windows, order, len(windows))], [])
-    ahead.move([(0, 1)])
-    ahead.wait(lambda: False)
+    wait_for(ahead, [(0, 1)])
     while not ahead.files[windows.cache, later].done():
         time.sleep(0.01)
-    assert ahead.move([(begin, begin + 1)])
-    with pytest.raises(Unreachable, match=later):
-        ahead.wait(lambda: False)
+    assert not ahead.want([(0, 1)]) and ahead.problem() is None
+    asked = len(server.asked(later))
+    assert ahead.want([(begin, begin + 1)])
+    while ahead.problem() is None:
+        assert not ahead.wait()
+    assert later in ahead.problem() and len(server.asked(later)) > asked
     ahead.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from llmkit.cli import main
-from llmkit.data import holdout, prepare_ahead
+from llmkit.data import ahead, holdout, prepare_ahead
 from llmkit.data.ahead import AheadWindows, first_group
 from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import FileCorpus, open_corpus
@@ -24,7 +24,7 @@ from llmkit.data.prepare import prepare_pretraining_data, prepare_windows
 from llmkit.data.shards import prepare_shards
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError, exit_on_user_error
-from llmkit.training import ahead
+from llmkit.training import shard_supply
 from small_run import BLOCK, losses, refusal, rounding, trainer, weights
 
 HOW = {"validation_fraction": 0.1, "shard_tokens": 600, "num_workers": 1, "close_together": True}
@@ -119,7 +119,7 @@ def held(texts, tokenizer, tmp_path, monkeypatch):
         said.append(line)
         gate.set()
 
-    monkeypatch.setattr(ahead, "say", say)
+    monkeypatch.setattr(shard_supply, "say", say)
 
     def work():
         try:
@@ -216,6 +216,13 @@ def test_a_preparation_that_fails_ends_the_run_with_a_checkpoint(held, tokenizer
         run.train()
     assert "\n" not in str(told.value) and child.is_stopped
     assert (tmp_path / "run/checkpoint-3/complete.json").exists()
+
+
+def test_a_preparation_that_has_failed_before_the_first_step_leaves_nothing(held, tokenizer, tmp_path):
+    run = run_on(held[0], tokenizer, tmp_path / "run", child=Child())
+    with pytest.raises(UserError, match="^texts/60.txt: not UTF-8 text$"):
+        run.train()
+    assert run.train_dataset.child.is_stopped and not list((tmp_path / "run").glob("*"))
 
 
 def test_blame_and_eval_find_the_windows_of_such_a_run(expected, tmp_path, capsys):

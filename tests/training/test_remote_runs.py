@@ -19,7 +19,7 @@ from llmkit.data.mixture import MixedWindows
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
 from shard_server import FOR_EVER, serving
-from small_run import accelerate_launch, losses, trainer, weights
+from small_run import BLOCK, accelerate_launch, losses, trainer, weights
 
 HOW = {"max_steps": 60, "save_strategy": "steps", "save_steps": 20, "windows": partial(TokenWindows, shard_group=2)}
 
@@ -60,6 +60,28 @@ def test_a_run_is_that_of_the_folder_and_is_resumed_exactly(many_shards, server,
     again.train(str(tmp_path / "there" / "checkpoint-40"))
     assert losses(again)[-20:] == losses(here)[-20:]
     assert 0 < len(server.asked(".bin")) < len(first) and set(server.asked(".bin")) <= set(first)
+
+
+def test_a_resumed_run_begins_with_the_shards_of_its_next_steps(many_shards, server, tmp_path, monkeypatch):
+    """With groups of one shard that is this shard; those after it are missed when a step reads them."""
+    order = TokenWindows(server.url, "train", BLOCK, 1).order(42)
+    for step in range(30, 60):  # to one in a new group, none of whose windows is the one that ends in the next shard
+        _, group, begin = order.group_at(8 * step)
+        if begin > 8 * (step - 1) and order.bounds[group + 1] - 1 not in order.windows(8 * step, 8 * (step + 2)):
+            break
+    first = f"train_{group:05d}.bin"
+    how = HOW | {"windows": partial(TokenWindows, shard_group=1), "save_steps": step}
+    whole = trainer(data_at(server, many_shards), tmp_path / "run", **how)
+    whole.train()
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "another"))
+    monkeypatch.setattr(fetching, "PATIENCE", 0.1)
+    server.requests.clear()
+    server.failures |= {f"train_{n:05d}.bin": [500] * FOR_EVER for n in range(20) if f"train_{n:05d}.bin" != first}
+    again = trainer(data_at(server, many_shards), tmp_path / "run", **how)
+    with pytest.raises(UserError, match="cannot be fetched: .*500.* checkpoint saved"):
+        again.train(str(tmp_path / "run" / f"checkpoint-{step}"))
+    last = again.state.global_step
+    assert step < last < 60 and losses(again)[step:last] == losses(whole)[step:last]
 
 
 def test_a_network_that_does_not_come_back_ends_in_a_checkpoint(many_shards, server, tmp_path, monkeypatch):
