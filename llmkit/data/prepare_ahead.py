@@ -29,8 +29,7 @@ from llmkit.data.prepare import is_prepared_elsewhere, opened_source, prepare_pr
 from llmkit.data.shards import make_manifest, shard_settings
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
-
-SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1")
+from llmkit.signals import ignore_signals
 
 
 class PreparingProcess:
@@ -64,8 +63,7 @@ class PreparingProcess:
 
 def _prepare(args: DataArguments, how: dict[str, int], teller: Connection) -> None:
     """The child's work."""
-    for name in SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)  # they are for the run, which ends this one
+    ignore_signals()  # they are for the run, which ends this one
     parent = multiprocessing.parent_process()
     assert parent is not None, "this is a child"
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

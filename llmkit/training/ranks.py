@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
 from llmkit.errors import UserError
-from llmkit.training.stopping import ignore_signals
+from llmkit.signals import ignore_signals
 
 
 def join_ranks(args: TrainingArguments) -> None:

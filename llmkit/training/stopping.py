@@ -20,7 +20,8 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+from llmkit.signals import SIGNALS, ignore_signals
+
 SAME_REQUEST = 2.0  # seconds: a terminal and Slurm signal the whole group, and the launcher passes on what it got
 WATCH = 1.0  # seconds between two looks at the launcher
 CLEANING_UP = 5.0  # seconds that a process which does not train has to end by itself
@@ -116,12 +117,6 @@ def _watch(reader: int, launcher: int | None, process: int) -> None:
 def leave_signals_to_the_run(worker_id: int) -> None:
     """A DataLoader's `worker_init_fn`: a signal to the whole group must not take away the data of the last step."""
     ignore_signals()
-
-
-def ignore_signals() -> None:
-    """Of a process that others end, or that is ending by itself."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def keep_workers(loader: DataLoader) -> DataLoader:
