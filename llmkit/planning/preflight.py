@@ -32,10 +32,9 @@ from llmkit.training.pretrain_trainer import PretrainTrainer
 
 WINDOWS = 64  # of the recipe's text
 ROWS = 256  # conversations or pairs
-CPU_BLOCK, CPU_LENGTH = (
-    32,
-    128,
-)  # tokens: on a CPU windows and conversations are this short, so that a minute is enough
+# Tokens: on a CPU windows and conversations are this short, so that a minute is enough.
+CPU_BLOCK = 32
+CPU_LENGTH = 128
 
 Source = TypeVar("Source", bound=Conversations)
 Parts = tuple[Make, PreTrainedModel, Start, int | None]  # what `examine_training` takes beside the arguments
@@ -59,27 +58,28 @@ def preflight(kind: RecipeKind, recipe: tuple) -> Iterator[Finding]:
             if kind is PRETRAIN:
                 make, model, start, block_size = _pretraining(Path(folder), *recipe)
             elif absent := _not_here(kind, recipe):
-                fix = f"hf download {absent}, or begin the run, which does it"
-                yield Finding("preflight", WARNING, f"not made: {absent} is not on this machine", fix)
+                name, download = absent
+                fix = f"{download}, or begin the run, which does it"
+                yield Finding("preflight", WARNING, f"not made: {name} is not on this machine", fix)
                 return
             else:
-                make, model, start, block_size = (_preferences if kind is DPO else _conversations)(*recipe)
+                make, model, start, block_size = _fine_tuning(kind, *recipe)
         except UserError as error:
             yield Finding("preflight", ERROR, str(error))
             return
         yield from examine_training(make, model, args, start, block_size)
 
 
-def _not_here(kind: RecipeKind, recipe: tuple) -> str | None:
-    """The first of a fine-tuning recipe's repositories that would be downloaded, as the `hf` command names it."""
+def _not_here(kind: RecipeKind, recipe: tuple) -> tuple[str, str] | None:
+    """The first of a fine-tuning recipe's repositories that would be downloaded, and the command that does it."""
     data, model, _ = recipe
     if data.dataset_name and not is_here(data.dataset_name, "dataset"):
-        return f"{data.dataset_name} --repo-type dataset"
+        return data.dataset_name, f"hf download {data.dataset_name} --repo-type dataset"
     if kind is DPO and model.adapter and not is_here(model.adapter, "model"):
-        return model.adapter
+        return model.adapter, f"hf download {model.adapter}"
     if kind is DPO:
         model.resolve()  # the adapter says which base it is for
-    return None if is_here(model.model, "model") else model.model
+    return None if is_here(model.model, "model") else (model.model, f"hf download {model.model}")
 
 
 def _pretraining(folder: Path, data_args: DataArguments, model_args, args) -> Parts:
@@ -101,25 +101,26 @@ def _pretraining(folder: Path, data_args: DataArguments, model_args, args) -> Pa
     return make, model, "trained weights" if model_args.init_from else "new weights", block_size
 
 
-def _conversations(data_args, adapter_args, args) -> Parts:
+def _fine_tuning(kind: RecipeKind, data_args, model_args, args) -> Parts:
     if args.device.type == "cpu":
         args.max_length = min(args.max_length, CPU_LENGTH)
-    check_run(args, load_base_config(adapter_args), args.max_length)
+    if kind is DPO:
+        args.length_prompts = 0  # nothing is generated
+    check_run(args, load_base_config(model_args), args.max_length)
+    model = load_base_model(model_args, args.compute_dtype, args.device)
+    return (_preferences if kind is DPO else _conversations)(data_args, model_args, model)
+
+
+def _conversations(data_args, adapter_args, model) -> Parts:
     tokenizer = load_chat_tokenizer(adapter_args)
     rows = encode_all(_first_rows(load_conversations(data_args)), tokenizer)
-    model = load_base_model(adapter_args, args.compute_dtype, args.device)
     how = {"tokenizer": tokenizer, "description": "some conversations", "lora_config": adapter_args.lora_config(model)}
     return partial(ConversationTrainer, train_rows=rows, eval_rows=rows, **how), model, "trained weights", None
 
 
-def _preferences(data_args, model_args, args) -> Parts:
-    if args.device.type == "cpu":
-        args.max_length = min(args.max_length, CPU_LENGTH)
-    args.length_prompts = 0  # nothing is generated
-    check_run(args, load_base_config(model_args), args.max_length)
+def _preferences(data_args, model_args, model) -> Parts:
     tokenizer = model_args.load_tokenizer()
     rows = encode_pairs(_first_rows(load_pairs(data_args)), tokenizer)
-    model = load_base_model(model_args, args.compute_dtype, args.device)
     how = {"tokenizer": tokenizer, "description": "some pairs"}
     how["lora_config"] = None if model_args.adapter else model_args.lora_config(model)
     model = model_args.put_adapter(model) if model_args.adapter else model
