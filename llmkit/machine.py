@@ -141,8 +141,15 @@ def set_up_wandb() -> None:
     """Let wandb work without a login: it then writes under ./wandb for a later `wandb sync`, in place of an error."""
     if "WANDB_MODE" in os.environ:
         return
+    if not has_wandb_login():
+        os.environ["WANDB_MODE"] = "offline"
+
+
+def has_wandb_login() -> bool:
+    """Whether wandb would send what it logs. It is asked for nothing, and forgets what it read to answer."""
     import wandb
 
-    if not wandb.login(prompt=False, verify=False):
-        os.environ["WANDB_MODE"] = "offline"
+    try:
+        return wandb.login(prompt=False, verify=False)
+    finally:
         wandb.teardown()  # it reads its environment once, and has just done so

@@ -17,7 +17,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from llmkit.machine import bf16_is_fast, peak_flops, why_not_compile
+from llmkit.machine import bf16_is_fast, has_wandb_login, peak_flops, why_not_compile
 
 OK, WARNING, ERROR = "ok", "warning", "error"
 ENOUGH_DISK = (
@@ -263,14 +263,15 @@ def hub() -> Iterator[Finding]:
 
 def wandb_login() -> Iterator[Finding]:
     """Whether report_to: wandb would send what it logs."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        yield Finding("wandb", OK, f"WANDB_MODE={os.environ['WANDB_MODE']}: nothing is sent")
+        return
     try:
-        import wandb
+        is_logged_in = has_wandb_login()
     except ImportError as error:
         yield Finding("wandb", WARNING, f"cannot be imported ({error})", "pip install wandb, or report_to: none")
         return
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        yield Finding("wandb", OK, f"WANDB_MODE={os.environ['WANDB_MODE']}: nothing is sent")
-    elif wandb.login(prompt=False, verify=False):
+    if is_logged_in:
         yield Finding("wandb", OK, "logged in")
     else:
         fix = "wandb login; without it, report_to: wandb writes under ./wandb for a later wandb sync"
