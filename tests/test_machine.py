@@ -39,6 +39,20 @@ def test_emulated_bfloat16_is_not_fast(monkeypatch):
     assert bf16_is_fast("cuda")
 
 
+def test_a_cpu_is_fast_at_bfloat16_that_it_has_and_may_use(monkeypatch):
+    for capabilities, fast in [({"avx2": True}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True)]:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert bf16_is_fast("cpu") == (fast and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    code = """
+import torch
+from llmkit.machine import bf16_is_fast
+torch.cpu.get_capabilities = lambda: {"avx512_bf16": True}
+assert not bf16_is_fast("cpu")
+"""
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, timeout=120)
+    assert done.returncode == 0, "a limited oneDNN emulates it"
+
+
 @pytest.mark.parametrize(("width", "threads"), [(32, 1), (256, 2)])
 def test_a_small_model_generates_on_one_thread(width, threads):
     model = GPT2LMHeadModel(GPT2Config(n_layer=6, n_head=2, n_embd=width, vocab_size=200, n_positions=16))

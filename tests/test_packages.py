@@ -30,6 +30,7 @@ PRIVATE = {
     "_init_group": "torch.optim._muon",
     "_init_weights": "transformers.modeling_utils",
     "_internal_call": "transformers.trainer",
+    "_is_mkldnn_bf16_supported": "torch._inductor.utils",
     "_keys_to_ignore_on_load_unexpected": "transformers.modeling_utils",
     "_keys_to_ignore_on_save": "transformers.modeling_utils",
     "_load_rng_state": "transformers.trainer",
@@ -48,7 +49,6 @@ PRIVATE = {
     "_supports_flex_attn": "transformers.modeling_utils",
     "_supports_sdpa": "transformers.modeling_utils",
     "_tied_weights_keys": "transformers.modeling_utils",
-    "_zeropower_via_newtonschulz": "torch.optim._muon",
 }
 
 

@@ -136,9 +136,9 @@ def gpus() -> Iterator[Finding]:
 def cpu() -> Iterator[Finding]:
     """Threads and instruction set."""
     capability = torch.backends.cpu.get_cpu_capability()
-    amx = bf16_is_fast("cpu")
     text = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}, "
-    yield Finding("cpu", OK, text + ("with AMX: bf16 is fast" if amx else "without AMX: training runs in float32"))
+    text += "training runs in bf16" if bf16_is_fast("cpu") else "no bf16 in hardware: training runs in float32"
+    yield Finding("cpu", OK, text)
     if (load := os.getloadavg()[0]) > 1.5:
         fix = "end other programs, or wait: threads that wait for each other make training many times slower"
         yield Finding("cpu", WARNING, f"the machine is busy: {load:.1f} processes want to run", fix)

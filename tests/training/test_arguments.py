@@ -14,6 +14,7 @@ from llmkit.errors import UserError
 from llmkit.finetuning.adapters import AdapterArguments
 from llmkit.finetuning.arguments import SFTArguments
 from llmkit.finetuning.conversations import ConversationArguments
+from llmkit.machine import bf16_is_fast
 from llmkit.model.arguments import ModelArguments
 from llmkit.recipe_parser import RecipeParser
 from llmkit.training.arguments import PretrainArguments
@@ -238,7 +239,7 @@ def test_precision_is_chosen_from_the_machine(tmp_path):
     args = PretrainArguments(output_dir=str(tmp_path))
     if not torch.cuda.is_available():
         assert args.use_cpu and not args.torch_compile
-        assert args.bf16 == torch.cpu.get_capabilities().get("amx_bf16", False)
+        assert args.bf16 == bf16_is_fast("cpu")
     assert not PretrainArguments(output_dir=str(tmp_path), bf16=False).bf16
 
 
