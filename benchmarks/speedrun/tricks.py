@@ -12,7 +12,7 @@ from torch.optim import AdamW, Muon
 from transformers import TrainerCallback
 
 from llmkit.data.windows import TokenWindows
-from llmkit.training.optimizers import MUON, MuonWithAdamW
+from llmkit.training.optimizers import MUON, MuonWithAdamW, orthogonalize
 from llmkit.training.pretrain_trainer import PretrainTrainer
 
 JORDAN = (3.4445, -4.7750, 2.0315)  # Muon's usual coefficients, the same in each iteration
@@ -67,18 +67,6 @@ class Tricks:
     aligned: bool = False
 
 
-def orthogonalized(matrix: torch.Tensor, coefficients: tuple[tuple[float, float, float], ...]) -> torch.Tensor:
-    """torch's iteration, with coefficients of their own in each round."""
-    x = matrix.bfloat16()
-    tall = x.size(0) > x.size(1)
-    x = x.T if tall else x
-    x = x / x.norm().clamp(min=1e-7)
-    for a, b, c in coefficients:
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
-
-
 class TriedMuon(Muon):
     """torch's Muon at the size of AdamW's steps, with the tricks."""
 
@@ -115,7 +103,10 @@ class TriedMuon(Muon):
         is_c_attn = gradient.size(1) == 3 * gradient.size(0)
         parts = gradient.chunk(3, dim=1) if self.tricks.split_qkv and is_c_attn else [gradient]
         found = [
-            orthogonalized(part, self.tricks.coefficients).float() * 0.2 * max(part.shape) ** 0.5 for part in parts
+            orthogonalize(part, self.tricks.coefficients, torch.bfloat16, eps=1e-7).float()
+            * 0.2
+            * max(part.shape) ** 0.5
+            for part in parts
         ]
         update = torch.cat(found, dim=1)
         if self.tricks.normalized is not None:  # along the shorter side all are of one size already

@@ -35,15 +35,15 @@ MUON_SCRIPT = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
-from llmkit.training.optimizers import ShardedMuon
+from llmkit.training.optimizers import MatrixMuon, ShardedMuon
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))
-how = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+how = {"dtype": torch.float32, "lr": 0.1, "weight_decay": 0.1}
 torch.manual_seed(0)
 shapes = [(48, 16), (16, 48), (7, 5), (1, 6), (32, 32)]  # of five, the last is alone in its round
 plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
 sharded = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
-optimizers = torch.optim.Muon(plain, **how), ShardedMuon(sharded, **how)
+optimizers = MatrixMuon(plain, **how), ShardedMuon(sharded, **how)
 for step in range(3):
     for p, s in zip(plain, sharded):
         p.grad = torch.randn_like(p)
@@ -74,7 +74,7 @@ def test_muon_under_fsdp_trains_what_one_rank_trains_and_resumes(data, tmp_path)
     alone = trainer(data, tmp_path / "alone", optim="muon", max_steps=6, learning_rate=1e-3)
     alone.train()
     logged = [record["loss"] for record in read_log(tmp_path / "run" / "log.jsonl") if "loss" in record]
-    # The iteration works in bfloat16, which makes more of the rounding of sums that are added up in another order.
+    # An iteration in bfloat16 makes more of the rounding of sums that are added up in another order.
     assert logged == pytest.approx(losses(alone), rel=1e-4)
     weights = load_file(tmp_path / "run" / "model.safetensors")
     assert all(damage_of(checkpoint) is None for checkpoint in checkpoints_of(tmp_path / "run"))

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from torch.optim import AdamW, Muon
+from torch.optim import AdamW
 
 from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.errors import UserError
 from llmkit.training.arguments import PretrainArguments
-from llmkit.training.optimizers import MuonWithAdamW
+from llmkit.training.optimizers import MatrixMuon, MuonWithAdamW
 from small_run import losses, trainer, weights
 
 MUON = {"optim": "muon", "learning_rate": 3e-3, "muon_learning_rate": 2e-2, "weight_decay": 0.1}
@@ -57,8 +57,10 @@ def test_a_step_is_muons_and_adamws():
         [p for p in m.parameters() if not any(p is q for q in mine)]
         for m, mine in zip((model, twin), matrices, strict=True)
     ]
-    both = MuonWithAdamW(AdamW(others[0], lr=1e-2, fused=True), Muon(matrices[0], lr=3e-2))
-    apart = [AdamW(others[1], lr=1e-2, fused=True), Muon(matrices[1], lr=3e-2)]
+    ours = {"lr": 3e-2, "dtype": torch.bfloat16}
+    both = MuonWithAdamW(AdamW(others[0], lr=1e-2, fused=True), MatrixMuon(matrices[0], **ours))
+    torchs = torch.optim.Muon(matrices[1], lr=3e-2, adjust_lr_fn="match_rms_adamw")
+    apart = [AdamW(others[1], lr=1e-2, fused=True), torchs]
     ids = torch.randint(0, 64, (4, 8))
     for step in range(4):
         for m in (model, twin):
@@ -71,27 +73,50 @@ def test_a_step_is_muons_and_adamws():
             optimizer.step()
         if step == 1:  # saved and loaded in the middle
             state = copy.deepcopy(both.state_dict())
-            both = MuonWithAdamW(AdamW(others[0], lr=1.0, fused=True), Muon(matrices[0], lr=1.0))
+            both = MuonWithAdamW(AdamW(others[0], lr=1.0, fused=True), MatrixMuon(matrices[0], **(ours | {"lr": 1.0})))
             both.load_state_dict(state)
     for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(mine, theirs)
     assert set(both.state) == set(model.parameters())
 
 
+def one_step(matrix: torch.Tensor, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Of MatrixMuon at a rate of 0.01, without the weight decay."""
+    parameter = torch.nn.Parameter(matrix.clone())
+    parameter.grad = gradient.clone()
+    MatrixMuon([parameter], dtype, lr=1e-2, weight_decay=0.1).step()
+    return parameter.detach() - matrix * (1 - 1e-2 * 0.1)
+
+
 @pytest.mark.parametrize("shape", [(16, 48), (16, 16), (64, 16)])
-def test_the_update_does_not_ask_for_the_orientation(shape):
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 0.02), (torch.float32, 1e-5)])
+def test_the_update_does_not_ask_for_the_orientation(shape, dtype, rounding):
     """A matrix stored as (in, out), as here, and its transpose, as in nn.Linear, take the same step."""
     torch.manual_seed(0)
     matrix, gradient = torch.randn(shape), torch.randn(shape)
-    ours, linears = torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(matrix.T.contiguous())
-    ours.grad, linears.grad = gradient.clone(), gradient.T.contiguous()
-    for parameter in (ours, linears):
-        Muon([parameter], lr=1e-2, adjust_lr_fn="match_rms_adamw").step()
-    step = ours - matrix
-    difference = (step - (linears - matrix.T).T).norm() / step.norm()
-    assert difference < 0.02, "more than the rounding of the iteration, which is done in bfloat16"
-    size = (step + 1e-2 * 0.1 * matrix).square().mean().sqrt()  # without the weight decay
-    assert 0.1 < size / 1e-2 < 0.3, "a step has about the root mean square of AdamW's, 0.2 of the learning rate"
+    step = one_step(matrix, gradient, dtype)
+    linears = one_step(matrix.T.contiguous(), gradient.T.contiguous(), dtype).T
+    assert (step - linears).norm() / step.norm() < rounding, "more than the rounding of the iteration"
+    assert 0.1 < step.square().mean().sqrt() / 1e-2 < 0.3, (
+        "about the root mean square of AdamW's step, 0.2 of the rate"
+    )
+
+
+def test_the_iteration_is_in_float32_where_bfloat16_is_slow(data, tmp_path, monkeypatch):
+    """The singular values are what the polynomial makes of them, to float32's rounding; bfloat16's is a thousandth."""
+    monkeypatch.setattr("llmkit.training.optimizers.bf16_is_fast", lambda device_type: False)
+    muon = trainer(data, tmp_path, **MUON).create_optimizer().muon
+    assert isinstance(muon, MatrixMuon) and muon.dtype is torch.float32
+    torch.manual_seed(0)
+    gradient = torch.randn(16, 48)
+    u, s, v = torch.linalg.svd(gradient.double(), full_matrices=False)
+    s = s / gradient.norm()
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected = -1e-2 * 0.2 * 48**0.5 * (u * s) @ v
+    step = one_step(torch.zeros(16, 48), gradient, muon.dtype)  # its size does not matter
+    assert (step - expected).norm() / expected.norm() < 1e-5
+    assert (one_step(torch.zeros(16, 48), gradient, torch.bfloat16) - expected).norm() / expected.norm() > 1e-3
 
 
 def test_resumed_run_ends_with_the_same_bits(data, tmp_path):
