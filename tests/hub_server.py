@@ -7,12 +7,16 @@ import base64
 import hashlib
 import json
 import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants, hf_api
 
 WRITER, READER = "hf_writer_secret", "hf_reader_secret"  # tokens; the first one's namespace is `me`
 DROP, SILENT = 0, -1
@@ -294,7 +298,32 @@ def _upload_mode(asked: dict, files: dict[str, bytes]) -> dict:
 
 
 @contextmanager
-def running_hub():
+def client_of(address: str, folder: Path) -> Iterator[None]:
+    """This process as a client of the Hub at an address until the block ends, with a cache in the folder, no login."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", address)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "".join(template[1:]))
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+        patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
+        patch.delenv("HF_TOKEN", raising=False)
+        # private: clients that were made before keep asking the real Hub, six times over 24 seconds.
+        patch.setattr("transformers.utils.hub._hf_api", None, raising=False)
+        patch.setattr(hf_api.api, "endpoint", address)
+        yield
+
+
+@contextmanager
+def hub_of_this_process(folder: Path) -> Iterator[Hub]:
+    """A Hub, and this process as a client of it."""
+    with running_hub() as hub, client_of(hub.address, folder):
+        yield hub
+
+
+@contextmanager
+def running_hub() -> Iterator[Hub]:
     """A Hub that answers at `hub.address` until the block ends."""
     hub = Hub()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("HubHandler", (Handler,), {"hub": hub}))

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -19,7 +18,7 @@ from transformers import (
     set_seed,
 )
 
-from hub_server import running_hub
+from hub_server import hub_of_this_process
 from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.errors import UserError
 from llmkit.finetuning.adapters import AdapterArguments, load_base_model, load_with_adapter
@@ -210,15 +209,8 @@ def test_a_base_that_was_saved_quantized_is_refused_early(bases, tmp_path, how, 
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with running_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "".join(template[1:]))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+def hub(tmp_path):
+    with hub_of_this_process(tmp_path / "cache") as hub:
         yield hub
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hub_server import client_of
 from llmkit.planning import doctor
 
 
@@ -65,9 +66,15 @@ def test_a_disk_with_space_tells_its_speed(tmp_path):
     assert "MB/s" in found.text and list(tmp_path.iterdir()) == []
 
 
+def hub_with(token: str, address: str, folder: Path) -> list[doctor.Finding]:
+    with client_of(address, folder), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", token)
+        return list(doctor.hub())
+
+
 @pytest.mark.parametrize("token", ["", "hf_some"])
 def test_a_hub_that_does_not_answer(tmp_path, token):
-    (found,) = run("hub", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path), HF_TOKEN=token)
+    (found,) = hub_with(token, "http://127.0.0.1:9", tmp_path)
     assert found.state == doctor.WARNING and "cannot be reached" in found.text
 
 
@@ -93,7 +100,7 @@ def test_who_is_logged_in(tmp_path, token, state, text):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         endpoint = f"http://127.0.0.1:{server.server_port}"
-        (found,) = run("hub", HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path), HF_TOKEN=token)
+        (found,) = hub_with(token, endpoint, tmp_path)
     finally:
         server.shutdown()
     assert found.state == state and text in found.text

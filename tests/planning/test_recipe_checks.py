@@ -10,25 +10,26 @@ from pathlib import Path
 
 import pytest
 
-from llmkit.planning import doctor
+from hub_server import client_of
+from llmkit.planning import doctor, recipe_checks
 from llmkit.planning.doctor import ERROR, OK, WARNING
 from llmkit.planning.recipe_checks import libraries, memory_and_disk
-from llmkit.recipe_kinds import DPO, PRETRAIN, SFT, kind_of, parse_recipe
+from llmkit.recipe_kinds import DPO, PRETRAIN, SFT, RecipeKind, kind_of, parse_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+UNREACHABLE = "http://127.0.0.1:9"  # where nothing listens
 
 
-def files(kind: str, fields: list[str], **environment: str) -> dict[str, doctor.Finding]:
-    """What `recipe_checks.files` finds in a process of its own, for the Hub's client reads the environment once."""
-    code = (
-        "from llmkit.recipe_kinds import *; from llmkit.planning.recipe_checks import files; import sys; "
-        f"recipe = parse_recipe({kind}, sys.argv[1:], ''); print(list(files({kind}, recipe)))"
-    )
-    environment = {**os.environ, "HF_HUB_OFFLINE": "0", "HF_TOKEN": "", **environment}
-    command = [sys.executable, "-c", code, *fields]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return {found.name: found for found in eval(done.stdout.splitlines()[-1], vars(doctor))}
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """Recipes name folders of runs, which somebody may have made in the checkout."""
+    monkeypatch.chdir(tmp_path)
+
+
+def files(kind: RecipeKind, fields: list[str], cache: Path, hub: str = UNREACHABLE) -> dict[str, doctor.Finding]:
+    """What `recipe_checks.files` finds."""
+    with client_of(hub, cache):
+        return {found.name: found for found in recipe_checks.files(kind, parse_recipe(kind, fields, ""))}
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -56,7 +57,7 @@ def test_what_is_on_the_hub_and_what_is_not(tmp_path):
     fields = ["--dataset_name", "me/gated", "--adapter", "me/there", "--model", "me/nothing"]
     try:
         endpoint = f"http://127.0.0.1:{server.server_port}"
-        found = files("DPO", recipe + fields, HF_ENDPOINT=endpoint, HF_HOME=str(tmp_path))
+        found = files(DPO, recipe + fields, tmp_path, endpoint)
     finally:
         server.shutdown()
     assert found["adapter"].state == OK and "01234567" in found["adapter"].text
@@ -71,24 +72,22 @@ def test_without_a_network_what_was_downloaded_is_there(tmp_path):
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("abc")
     recipe = ["--config", str(RECIPES / "sft_qlora.yaml"), "--use_cpu", "true", "--model", "me/cached"]
-    found = files("SFT", recipe, HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path))
+    found = files(SFT, recipe, tmp_path)
     assert found["model"].state == WARNING and "was downloaded earlier" in found["model"].text
     assert found["dataset"].state == ERROR and "cannot be reached" in found["dataset"].text
 
 
 def test_each_source_of_a_mixture_is_looked_for(tmp_path):
     recipe = ["--config", str(RECIPES / "pretrain_mixture.yaml"), "--use_cpu", "true"]
-    code = (
-        "from llmkit.recipe_kinds import *; from llmkit.planning.recipe_checks import _named; import sys; "
-        "print([name for what, name, _ in _named(PRETRAIN, parse_recipe(PRETRAIN, sys.argv[1:], ''))])"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *recipe], capture_output=True, text=True, cwd=tmp_path)
-    assert eval(done.stdout) == ["HuggingFaceFW/fineweb-edu", "DKYoon/SlimPajama-6B", "openai-community/gpt2"]
+    with client_of(UNREACHABLE, tmp_path):
+        found = recipe_checks.files(PRETRAIN, parse_recipe(PRETRAIN, recipe, ""))
+        names = [each.text.split()[0] for each in found]
+    assert names == ["HuggingFaceFW/fineweb-edu", "DKYoon/SlimPajama-6B", "openai-community/gpt2"]
 
 
 def test_folders_that_are_here_and_that_are_not(tmp_path):
     recipe = ["--config", str(RECIPES / "dpo_qlora_quickstart.yaml"), "--model", str(tmp_path), "--use_cpu", "true"]
-    found = files("DPO", recipe)  # whose adapter, runs/sft_qlora_quickstart, nobody has trained here
+    found = files(DPO, recipe, tmp_path)  # whose adapter, runs/sft_qlora_quickstart, is not in this folder
     assert found["model"].state == OK
     assert found["adapter"].state == ERROR
 
@@ -97,7 +96,7 @@ def test_prepared_text_is_not_asked_for(tmp_path):
     (tmp_path / "manifest.json").touch()
     recipe = ["--config", str(RECIPES / "pretrain_gpt2_124m.yaml"), "--data_dir", str(tmp_path), "--use_cpu", "true"]
     recipe += ["--tokenizer", str(tmp_path)]
-    assert list(files("PRETRAIN", recipe)) == ["tokenizer"]
+    assert list(files(PRETRAIN, recipe, tmp_path)) == ["tokenizer"]
 
 
 def test_what_a_key_asks_for(tmp_path, monkeypatch):
@@ -140,13 +139,13 @@ def test_what_a_run_takes_of_memory_and_disk(tmp_path):
     assert run.state == (OK if shutil.disk_usage(tmp_path).free > 5 * 12 * 103e9 else ERROR)
 
 
-def test_a_run_that_would_be_refused(tmp_path):
+def test_a_run_that_would_be_refused():
     fields = ["--use_cpu", "true", "--per_device_train_batch_size", "7"]
     recipe = parse_recipe(PRETRAIN, fields, RECIPES / "pretrain_quickstart.yaml")
     (found,) = memory_and_disk(PRETRAIN, recipe)
     assert found.state == ERROR and "is not a multiple of" in found.text
     (found,) = memory_and_disk(DPO, parse_recipe(DPO, ["--use_cpu", "true"], RECIPES / "dpo_qlora.yaml"))
-    assert found.state == ERROR and "runs/sft_qlora" in found.text  # which nobody has trained
+    assert found.state == ERROR and "runs/sft_qlora" in found.text  # which is not in this folder
 
 
 @pytest.mark.parametrize(
