@@ -12,36 +12,20 @@ the steps after the first two; memory is the growth of the process's peak from w
 
 import argparse
 import json
-import shutil
-import sys
-import tempfile
 from pathlib import Path
 
-import datasets
 import torch
 from peft import get_peft_model
-from transformers.utils.logging import disable_progress_bar
 
 from llmkit.data.tokenizer import as_prompt
 from llmkit.finetuning.adapters import AdapterArguments, load_base_model, load_chat_tokenizer
 from llmkit.finetuning.conversations import SourceArguments
 from llmkit.finetuning.preferences import load_pairs
 from llmkit.runs.run import QUANTIZATION_CONFIG
-from measuring import machine, print_table, report, take_turns, use_threads
-from sft import (
-    WARMUP_STEPS,
-    Measurement,
-    add_shape,
-    parse_shape,
-    run_script,
-    shape_name,
-    shared_settings,
-    trl_settings,
-)
+from sft import add_shape, compare, parse_shape, run_script, shared_settings, trl_settings
 from sft import prepare as prepare_base
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "dpo_qlora.py"
-PEERS = ["llmkit", "trl dpo", "llmkit, adapter"]
 
 
 def prepare(options: argparse.Namespace, work: Path) -> None:
@@ -78,14 +62,6 @@ def run_trl(options: argparse.Namespace, work: Path) -> None:
     run_script(Path(dpo.__file__), work, shared_settings(options, work) | trl_settings(options, work, work / "pairs"))
 
 
-def measure(options: argparse.Namespace) -> dict[str, float]:
-    (run_trl if options.peer == "trl dpo" else run_llmkit)(options, Path(options.work))
-    found = Measurement.latest
-    steps = len(found.ends) - WARMUP_STEPS
-    seconds = found.ends[-1] - found.ends[WARMUP_STEPS - 1]
-    return {"ms/step": 1e3 * seconds / steps, "memory MB": found.growth / 1e6}
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_shape(parser)
@@ -97,25 +73,9 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    use_threads(options.threads)
-    if options.peer:
-        report(measure(options))
-        return
-    disable_progress_bar()
-    datasets.disable_progress_bars()
-    work = Path(tempfile.mkdtemp())
-    try:
-        prepare(options, work)
-        sys.argv += ["--work", str(work)]
-        print(
-            f"{shape_name(options)}, NF4, LoRA r 16, {options.batch_size} pairs of up to 2 x {options.max_length} "
-            f"tokens, {'bf16' if options.bf16 else 'float32'}, checkpointing "
-            f"{'on' if options.checkpointing else 'off'}; {options.rounds} rounds of {options.steps} steps"
-        )
-        print(machine("trl", "peft", "bitsandbytes"))
-        print_table(take_turns(PEERS, options.rounds), {"ms/step": ",.0f", "memory MB": ",.0f"})
-    finally:
-        shutil.rmtree(work)
+    peers = {"llmkit": run_llmkit, "trl dpo": run_trl, "llmkit, adapter": run_llmkit}
+    batch = f"{options.batch_size} pairs of up to 2 x {options.max_length} tokens"
+    compare(options, prepare, peers, batch, {"ms/step": ",.0f", "memory MB": ",.0f"})
 
 
 if __name__ == "__main__":

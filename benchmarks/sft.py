@@ -17,6 +17,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -136,9 +137,8 @@ def run_script(script: Path, work: Path, settings: dict) -> None:
     runpy.run_path(str(script), run_name="__main__")
 
 
-def measure(options: argparse.Namespace) -> dict[str, float]:
-    work = Path(options.work)
-    {"llmkit": run_llmkit, "trl sft": run_trl}[options.peer](options, work)
+def figures_of(options: argparse.Namespace) -> dict[str, float]:
+    """What was measured in this process; the tokens per second are those of full rows."""
     found = Measurement.latest
     steps = len(found.ends) - WARMUP_STEPS
     tokens = steps * options.batch_size * options.accumulation * options.max_length
@@ -179,11 +179,24 @@ def shape_name(options: argparse.Namespace) -> str:
     return "Phi-2's shape" if options.phi2 else f"a Phi of {options.layers} layers, {options.hidden_size} wide"
 
 
-def main() -> None:
-    options = parse()
+def compare(
+    options: argparse.Namespace,
+    prepare: Callable[[argparse.Namespace, Path], None],
+    peers: dict[str, Callable[[argparse.Namespace, Path], None]],
+    batch: str,
+    figures: dict[str, str],
+) -> None:
+    """Prepare a folder, let the peers take turns, each in a process of its own, and print the table.
+
+    Args:
+        peers: what runs each of them.
+        batch: a step's batch, in words.
+        figures: the columns and their formats.
+    """
     use_threads(options.threads)
     if options.peer:
-        report(measure(options))
+        peers[options.peer](options, Path(options.work))
+        report(figures_of(options))
         return
     disable_progress_bar()
     datasets.disable_progress_bars()
@@ -192,17 +205,21 @@ def main() -> None:
         prepare(options, work)
         sys.argv += ["--work", str(work)]
         print(
-            f"{shape_name(options)}, NF4, LoRA r 16, {options.batch_size} x {options.max_length} tokens x "
-            f"{options.accumulation}, {'bf16' if options.bf16 else 'float32'}, "
-            f"packing {'off' if options.no_packing else 'on'}, "
-            f"checkpointing {'on' if options.checkpointing else 'off'}; "
-            f"{options.rounds} rounds of {options.steps} steps"
+            f"{shape_name(options)}, NF4, LoRA r 16, {batch}, {'bf16' if options.bf16 else 'float32'}, checkpointing "
+            f"{'on' if options.checkpointing else 'off'}; {options.rounds} rounds of {options.steps} steps"
         )
         print(machine("trl", "peft", "bitsandbytes"))
-        results = take_turns(["llmkit", "trl sft"], options.rounds)
-        print_table(results, {"tokens/s": ",.0f", "ms/step": ",.0f", "memory MB": ",.0f"})
+        print_table(take_turns(list(peers), options.rounds), figures)
     finally:
         shutil.rmtree(work)
+
+
+def main() -> None:
+    options = parse()
+    peers = {"llmkit": run_llmkit, "trl sft": run_trl}
+    batch = f"{options.batch_size} x {options.max_length} tokens x {options.accumulation}"
+    batch += f", packing {'off' if options.no_packing else 'on'}"
+    compare(options, prepare, peers, batch, {"tokens/s": ",.0f", "ms/step": ",.0f", "memory MB": ",.0f"})
 
 
 if __name__ == "__main__":
