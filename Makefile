@@ -33,7 +33,7 @@ demo: install
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/pretrain.py --output_dir $(DEMO)
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal --durations 10
 
 lint: install
 	$(BIN)/ruff check .

@@ -58,6 +58,22 @@ def many_shards(data, tmp_path_factory) -> tuple:
     return prepare_shards(corpus, tokenizer, folder, validation_fraction=0.1, shard_tokens=1000), tokenizer
 
 
+@pytest.fixture
+def server(many_shards, tmp_path, monkeypatch):
+    """The shards of `many_shards` at a URL, with an empty cache, and little patience."""
+    from huggingface_hub import constants
+
+    from llmkit.data import fetching
+    from shard_server import serving
+
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.02)
+    monkeypatch.setattr(fetching, "PATIENCE", 20.0)
+    monkeypatch.setattr(fetching, "_told_until", 0.0)  # what an earlier test was told is told again
+    with serving(many_shards[0].directory) as server:
+        yield server
+
+
 @pytest.fixture(scope="session")
 def hellaswag(tmp_path_factory) -> str:
     """Questions in the official format, short enough for the tiny context."""

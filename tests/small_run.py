@@ -5,15 +5,21 @@ import runpy
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from transformers import set_seed
+from transformers import PhiConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llmkit import GPT2Config, GPT2LMHeadModel
 from llmkit.data.windows import TokenWindows
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.pretrain_trainer import PretrainTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from llmkit.finetuning.adapters import AdapterArguments
 
 BLOCK = 16
 ULP = 2.0**-23  # the spacing of float32, relative to the number
@@ -55,6 +61,14 @@ def weights(run: PretrainTrainer) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in run.model.named_parameters()}
 
 
+def write_sums(folder: Path, files: int = 60, lines: int = 40) -> Path:
+    """Text for pretraining, of few words. Returns the folder."""
+    folder.mkdir(exist_ok=True)
+    for number in range(files):
+        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}.\n" for n in range(lines)))
+    return folder
+
+
 def accelerate_launch(config: str) -> list[str]:
     """`accelerate launch` with a shipped configuration, from the repository's root, before a script."""
     return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}.yaml"]
@@ -66,15 +80,41 @@ def logged(run: Path, key: str) -> dict[int, float]:
     return {line["step"]: line[key] for line in lines if key in line}
 
 
-def refusal(recipe: str, arguments: list, monkeypatch, capsys) -> str:
-    """The one line with which a recipe refuses its arguments, run in this process: there is nothing to clean up."""
-    script = Path(__file__).parents[1] / "recipes" / f"{recipe}.py"
-    monkeypatch.setattr(sys, "argv", [script.name, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
+def run_recipe(name: str, *arguments: object) -> None:
+    """`recipes/NAME.py` in this process."""
+    script = Path(__file__).parents[1] / "recipes" / f"{name}.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.name, *map(str, arguments)])
         runpy.run_path(str(script), run_name="__main__")
+
+
+def refusal(recipe: str, arguments: list, capsys) -> str:
+    """The one line with which a recipe refuses its arguments, run in this process: there is nothing to clean up."""
+    with pytest.raises(SystemExit) as ended:
+        run_recipe(recipe, *arguments)
     assert ended.value.code == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return line
+
+
+def phi_config(tokenizer: PreTrainedTokenizerBase, **given) -> PhiConfig:
+    """Two small layers; with more rows than the tokenizer has tokens, as Phi-2's 51,200."""
+    sizes = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "max_position_embeddings": 128, "partial_rotary_factor": 0.4}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    return PhiConfig(**{**sizes, **ends, **given})
+
+
+def lively_adapter(base: PreTrainedModel, args: "AdapterArguments", std: float) -> "PeftModel":
+    """A new adapter which, unlike one that no step has trained, changes what the base says."""
+    from peft import get_peft_model
+
+    model = get_peft_model(base, args.lora_config(base))
+    set_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=std)
+    return model
 
 
 def phi_with_adapter(folder: Path, texts: list[str]) -> None:
@@ -83,8 +123,7 @@ def phi_with_adapter(folder: Path, texts: list[str]) -> None:
     Args:
         texts: what its tokenizer is trained on.
     """
-    from peft import get_peft_model
-    from transformers import PhiConfig, PhiForCausalLM
+    from transformers import PhiForCausalLM
 
     from llmkit.data.tokenizer import train_bpe_tokenizer
     from llmkit.finetuning.adapters import AdapterArguments, load_base_model, load_chat_tokenizer
@@ -92,25 +131,10 @@ def phi_with_adapter(folder: Path, texts: list[str]) -> None:
 
     tokenizer = train_bpe_tokenizer(texts * 3, 330)
     set_seed(0)
-    config = PhiConfig(
-        vocab_size=512,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        partial_rotary_factor=0.4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    PhiForCausalLM(config).save_pretrained(folder / "base")
+    PhiForCausalLM(phi_config(tokenizer)).save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     args = AdapterArguments(model=str(folder / "base"), lora_r=4, lora_alpha=8)
     base = load_base_model(args, torch.float32, torch.device("cpu"))
-    model = get_peft_model(base, args.lora_config(base))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    model.save_pretrained(folder / "sft")
+    lively_adapter(base, args, std=0.05).save_pretrained(folder / "sft")
     base.config.quantization_config.to_json_file(folder / "sft" / QUANTIZATION_CONFIG)
     load_chat_tokenizer(args).save_pretrained(folder / "sft")

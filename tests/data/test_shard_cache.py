@@ -21,19 +21,9 @@ from llmkit.data.prepare import prepare_windows
 from llmkit.data.read_ahead import ReadAhead
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
-from shard_server import FOR_EVER, serving
+from shard_server import FOR_EVER
 
 BLOCK = 16
-
-
-@pytest.fixture
-def server(many_shards, tmp_path, monkeypatch):
-    """The shards of `many_shards`, with an empty cache, and little patience."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(fetching, "PATIENCE", 20.0)
-    with serving(many_shards[0].directory) as server:
-        yield server
 
 
 def cached() -> list[str]:

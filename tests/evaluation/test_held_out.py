@@ -4,7 +4,6 @@ import json
 import math
 import os
 import random
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from llmkit import cli
 from llmkit.data.corpus import open_corpus
 from llmkit.evaluation.held_out import TextWindows, evaluate_windows
 from llmkit.runs.run import load_run
-from small_run import accelerate_launch
+from small_run import accelerate_launch, run_recipe
 
 ROOT = Path(__file__).parents[2]
 SIZES = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 300, "total_batch_tokens": 256}
@@ -42,9 +41,7 @@ def run(texts, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "run"
     paths = {"text_files": texts / "*.txt", "data_dir": texts / "data", "output_dir": folder}
     arguments = [word for name, value in (SIZES | paths).items() for word in (f"--{name}", str(value))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", *arguments])
-        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+    run_recipe("pretrain", *arguments)
     return folder
 
 

@@ -1,9 +1,7 @@
 """Adapters on 4-bit bases: really quantized, trained as said, and merged without a change."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from bitsandbytes.nn import Linear4bit
+from huggingface_hub import constants
 from peft import get_peft_model
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -37,6 +36,7 @@ from llmkit.finetuning.adapters import (
     check_run,
     dtype_ledger,
     linear_layers,
+    load_base_config,
     load_base_model,
     load_with_adapter,
 )
@@ -46,6 +46,7 @@ from llmkit.finetuning.merge import compare, merge_adapter
 from llmkit.finetuning.sft_trainer import ConversationTrainer, has_plain_head
 from llmkit.finetuning.turns import split_guanaco
 from llmkit.training.callbacks import Samples
+from small_run import phi_config
 
 CPU = torch.device("cpu")
 CHATS = [
@@ -63,15 +64,7 @@ def bases(tmp_path_factory) -> dict[str, str]:
     gpt2 = GPT2Config(n_embd=64, n_layer=2, n_head=2, n_positions=128, initializer_range=0.1, **special)
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(gpt2, name, 0.0)
-    phi = PhiConfig(
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        **special,
-    )
+    phi = phi_config(tokenizer, initializer_range=0.1, **special)
     for name, model in (("gpt2", GPT2LMHeadModel(gpt2)), ("phi", PhiForCausalLM(phi))):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
@@ -209,27 +202,17 @@ def test_fsdp_in_the_accelerate_configuration_is_refused(bases, tmp_path, monkey
         check_run(args, PhiConfig.from_pretrained(bases["phi"]), 64)
 
 
-PINNED = """
-import sys
-from llmkit.finetuning.adapters import AdapterArguments, load_base_config, load_base_model
-import torch
-args = AdapterArguments(model="someone/tiny")
-load_base_config(args)
-model = load_base_model(args, torch.float32, torch.device("cpu"))
-print(args.lora_config(model).revision)
-"""
-
-
-def test_a_base_on_the_hub_is_pinned_to_its_commit(bases, tmp_path):
+def test_a_base_on_the_hub_is_pinned_to_its_commit(bases, tmp_path, monkeypatch):
     """From a cache as a download leaves it: the branch `main` becomes the commit that it stood for."""
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "models--someone--tiny"
     shutil.copytree(bases["phi"], repository / "snapshots" / commit)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", PINNED], env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() == commit, done.stderr
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    args = AdapterArguments(model="someone/tiny")
+    load_base_config(args)
+    assert args.lora_config(load_base_model(args, torch.float32, CPU)).revision == commit
 
 
 # ------------------------------------------------------------------ training

@@ -1,20 +1,8 @@
 """One launch of two ranks: each drops out units of its own, from rows in one order, and resumes so."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 from test_adapters import bases, trainer  # noqa: F401, a fixture
 
-SCRIPT = """
-import json, os, sys
-sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
-from test_sft_ranks import train_with_dropout
-found = train_with_dropout(sys.argv[2], sys.argv[3])
-with open(f"{sys.argv[3]}/rank_{os.environ['RANK']}.json", "w") as file:
-    json.dump(found, file)
-"""
+from ranks import on_ranks
 
 
 def note(found: list, module, values) -> None:
@@ -40,13 +28,7 @@ def train_with_dropout(base: str, output_dir: str) -> list:
 
 
 def test_ranks_drop_out_other_units_of_rows_in_one_order(bases, tmp_path):  # noqa: F811
-    (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", tmp_path / "script.py"]
-    command += [Path(__file__).parent, bases["gpt2"], tmp_path / "run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-6000:]
-    ranks = [json.loads((tmp_path / f"run/rank_{rank}.json").read_text()) for rank in range(2)]
+    ranks = on_ranks(2, train_with_dropout, bases["gpt2"], str(tmp_path / "run"))
     (mask, rows, *runs), (other_mask, other_rows, *_) = ranks
     assert mask != other_mask
     assert runs[0] == runs[1] and len(runs[0]) == 4

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, pipeline, set_seed
 
 from llmkit import cli
@@ -13,6 +12,7 @@ from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.finetuning.adapters import AdapterArguments, load_base_model
 from llmkit.finetuning.conversations import add_chat_template
 from llmkit.inference.comparison import Answer, Answers, as_page, as_text
+from small_run import lively_adapter
 
 
 @pytest.fixture(scope="module")
@@ -27,11 +27,7 @@ def models(tmp_path_factory) -> Path:
     tokenizer.save_pretrained(folder / "plain")
     args = AdapterArguments(model=str(folder / "plain"), quantization="none")
     base = load_base_model(args, torch.float32, torch.device("cpu"))
-    adapted = get_peft_model(base, args.lora_config(base))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
-    adapted.save_pretrained(folder / "adapter")
+    lively_adapter(base, args, std=0.2).save_pretrained(folder / "adapter")
     add_chat_template(tokenizer)
     tokenizer.save_pretrained(folder / "adapter")
     (folder / "prompts.txt").write_text("Why?\n\n  Why not?\n")

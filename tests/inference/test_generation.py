@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import get_peft_model
 from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, pipeline, set_seed
 
 from llmkit import cli
@@ -23,6 +22,7 @@ from llmkit.finetuning.conversations import add_chat_template
 from llmkit.inference.chat import Chat
 from llmkit.inference.generation import PieceStreamer, Sampling, continue_prompts, load_for_generation
 from llmkit.runs.run import QUANTIZATION_CONFIG
+from small_run import lively_adapter
 
 ROOT = Path(__file__).parents[2]
 TEXT = "def read(path):\n    return open(path).read()\n\n\ndef write(path, text):\n    open(path, 'w').write(text)\n"
@@ -54,12 +54,7 @@ def adapter(checkpoint, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("adapter")
     args = AdapterArguments(model=checkpoint)
     base = load_base_model(args, torch.float32, torch.device("cpu"))
-    model = get_peft_model(base, args.lora_config(base))
-    set_seed(0)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    model.save_pretrained(folder)
+    lively_adapter(base, args, std=0.1).save_pretrained(folder)
     base.config.quantization_config.to_json_file(folder / QUANTIZATION_CONFIG)
     tokenizer = load_tokenizer(checkpoint)
     add_chat_template(tokenizer)

@@ -1,80 +1,23 @@
 """The memory that a plan predicts for fine-tuning is what the real base in 4 bits, with real adapters, takes."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
 from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
+from peft import get_peft_model
 from transformers import PhiConfig, PhiForCausalLM
+from trl.trainer import add_fused_lm_head
 
+import process_memory
 from llmkit.finetuning.adapters import AdapterArguments, dtype_ledger, load_base_model
 from llmkit.finetuning.arguments import SFTArguments
 from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
 from llmkit.planning.finetuning import KNOWN_BASES, finetuning_step, preference_step
 from llmkit.planning.memory import StepMemory, step_memory
+from ranks import on_ranks
 
-# Loads a base, and takes steps as ConversationTrainer does; prints by how many bytes the process, or what is allocated
-# on the GPU, grows from before the base to the peak of the steps.
-MEASURE = """
-import sys
-import torch
-from peft import get_peft_model
-from transformers import PhiConfig
-from llmkit.finetuning.adapters import AdapterArguments, load_base_model
-from llmkit.finetuning.arguments import SFTArguments
-from llmkit.finetuning.preference_arguments import DPOArguments, PreferenceModelArguments
-from llmkit.planning.finetuning import finetuning_step, preference_step
-from trl.trainer import add_fused_lm_head
-
-device, checkpointing, pairs = torch.device(sys.argv[1]), sys.argv[2] == "True", sys.argv[3] == "True"
-dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-
-def train(folder, rows, length):
-    if pairs:
-        adapter_args, step_of = PreferenceModelArguments(model=folder, lora_r=8), preference_step
-        args = DPOArguments(output_dir="unused", max_length=length, report_to="none")
-    else:
-        adapter_args, step_of = AdapterArguments(model=folder, lora_r=8), finetuning_step
-        args = SFTArguments(output_dir="unused", max_length=length, packing=True, report_to="none")
-    base = load_base_model(adapter_args, dtype, device)
-    for p in base.parameters():
-        if p.is_floating_point():
-            p.data = p.data.clone()  # those on a CPU lie in the file's pages, all of which would count
-    base.config.use_cache = False
-    if checkpointing:
-        (getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable)()
-        base.enable_input_require_grads()
-    model = get_peft_model(base, adapter_args.lora_config(base), autocast_adapter_dtype=False).train()
-    if pairs:
-        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for p in trained:
-        p.data = p.data.float()
-    optimizer = torch.optim.AdamW(trained, fused=True)
-    loss_of = step_of(base.config, adapter_args, args, rows, dtype).loss_of
-    if device.type == "cpu":
-        open("/proc/self/clear_refs", "w").write("5")  # the peak is counted from here
-    else:
-        torch.cuda.reset_peak_memory_stats()
-    for _ in range(2):
-        with device, torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
-            loss = loss_of(model)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-train(sys.argv[5], 1, 8)  # the libraries' own buffers
-before = status("VmRSS") if device.type == "cpu" else torch.cuda.memory_allocated()
-train(sys.argv[4], *map(int, sys.argv[6:]))
-print("grown", (status("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated()) - before)
-"""
 # Of the base, its layers in 4 bits take a fifth and its embeddings, which stay, the rest.
 SIZES = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 8, "num_attention_heads": 12}
 SIZES |= {"vocab_size": 16384, "max_position_embeddings": 1024}
@@ -115,27 +58,68 @@ def folders(tmp_path_factory) -> tuple[str, str]:
 
 
 def grown(folders: tuple[str, str], device: str, run: tuple[bool, bool, int, int]) -> int:
+    """By how many bytes this process, or what is allocated on the GPU, grows from before the base to its peak."""
     checkpointing, pairs, *shape = run
-    command = [sys.executable, "-c", MEASURE, device, str(checkpointing), str(pairs), *folders, *map(str, shape)]
-    # An allocator that returns what is freed at once, so that gaps in the heap are not taken for tensors.
-    allocator = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, **allocator})
-    assert done.returncode == 0, done.stderr
-    return int(done.stdout.split("grown ")[1])
+    process_memory.return_what_is_freed()
+    take_a_step(folders[1], torch.device(device), checkpointing, pairs, 1, 8)  # the libraries' own buffers
+    before = process_memory.resident() if device == "cpu" else torch.cuda.memory_allocated()
+    take_a_step(folders[0], torch.device(device), checkpointing, pairs, *shape)
+    return (process_memory.peak() if device == "cpu" else torch.cuda.max_memory_allocated()) - before
+
+
+def take_a_step(folder: str, device: torch.device, checkpointing: bool, pairs: bool, rows: int, length: int) -> None:
+    """Load a base and take a step, as ConversationTrainer does."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if pairs:
+        adapter_args, step_of = PreferenceModelArguments(model=folder, lora_r=8), preference_step
+        args = DPOArguments(output_dir="unused", max_length=length, report_to="none")
+    else:
+        adapter_args, step_of = AdapterArguments(model=folder, lora_r=8), finetuning_step
+        args = SFTArguments(output_dir="unused", max_length=length, packing=True, report_to="none")
+    base = load_base_model(adapter_args, dtype, device)
+    for p in base.parameters():
+        if p.is_floating_point():
+            p.data = p.data.clone()  # those on a CPU lie in the file's pages, all of which would count
+    base.config.use_cache = False
+    if checkpointing:
+        (getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable)()
+        base.enable_input_require_grads()
+    model = get_peft_model(base, adapter_args.lora_config(base), autocast_adapter_dtype=False).train()
+    if pairs:
+        add_fused_lm_head(model.get_base_model(), outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    loss_of = step_of(base.config, adapter_args, args, rows, dtype).loss_of
+    if device.type == "cpu":
+        process_memory.count_the_peak_from_here()
+    else:
+        torch.cuda.reset_peak_memory_stats()
+    for p in trained:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()  # makes the moments, which are there in every step but the first
+    optimizer.zero_grad()
+    with device, torch.autocast(device.type, dtype, enabled=device.type == "cuda"):
+        loss = loss_of(model)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.step()
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process is read from /proc")
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_it_is_within_a_tenth_of_what_a_process_grows_by(folders, run):
-    assert predicted(*run).peak == pytest.approx(grown(folders, "cpu", run), rel=0.1)
+    (found,) = on_ranks(1, grown, folders, "cpu", run)
+    assert predicted(*run).peak == pytest.approx(found, rel=0.1)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("run", RUNS, ids=str)
 def test_it_is_within_a_twentieth_of_what_a_gpu_allocates(folders, run):
     found = predicted(*run, device_type="cuda").peak
-    assert found == pytest.approx(grown(folders, "cuda", run), rel=0.05)
+    assert [found] == pytest.approx(on_ranks(1, grown, folders, "cuda", run), rel=0.05)
 
 
 def test_the_weights_are_those_of_a_base_that_was_loaded(folders):

@@ -1,20 +1,18 @@
 """Each check fails where what it looks at is really broken."""
 
 import math
-import subprocess
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from llmkit.cli import main as llmkit
 from llmkit.planning import training_checks
 from llmkit.planning.doctor import ERROR, OK, WARNING, Finding
 from llmkit.training.pretrain_trainer import PretrainTrainer
-from small_run import BLOCK, accelerate_launch, parts
-
-ROOT = Path(__file__).parents[2]
+from ranks import on_ranks, printed
+from small_run import BLOCK, parts
 
 
 def findings(make, model, args, start="new weights") -> dict[str, Finding]:
@@ -131,12 +129,12 @@ def test_weights_that_have_learned(data, tmp_path):
 @pytest.mark.slow
 def test_two_ranks_take_the_steps_together(tmp_path):
     """The command itself, on the quickstart: each line once, and nothing is left in the folder of the runs."""
-    command = [*accelerate_launch("multi_cpu"), "-m", "llmkit", "doctor", "--recipe", "pretrain_quickstart"]
-    command += ["--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data"), "--dropout", "0.1"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    lines = {name: line for line in done.stdout.splitlines() for name in [line[:18].strip()]}
-    assert lines["gradient"].split()[1] == "ok" and "4 micro-batches on 2 rank(s)" in lines["gradient"], done.stderr
+    command = ["doctor", "--recipe", "pretrain_quickstart", "--dropout", "0.1", "--use_cpu", "true"]
+    command += ["--output_dir", str(tmp_path / "run"), "--data_dir", str(tmp_path / "data")]
+    said = "".join(on_ranks(2, printed, llmkit, command))
+    lines = {name: line for line in said.splitlines() for name in [line[:18].strip()]}
+    assert lines["gradient"].split()[1] == "ok" and "4 micro-batches on 2 rank(s)" in lines["gradient"], said
     assert " ok " in lines["first loss"] and " ok " in lines["overfitting"]
     assert " ok " in lines["save and resume"] and "exactly" in lines["save and resume"]
-    assert done.stdout.count("a step of one row") == 1
+    assert said.count("a step of one row") == 1
     assert not list(tmp_path.iterdir())

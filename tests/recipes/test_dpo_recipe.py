@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from small_run import accelerate_launch, logged, phi_with_adapter, refusal
+from ranks import on_ranks
+from small_run import accelerate_launch, logged, phi_with_adapter, refusal, run_recipe
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -36,19 +37,15 @@ def work(tmp_path_factory) -> Path:
     return work
 
 
-def command(work: Path, output: Path, *more: object) -> list[str]:
-    given = ["--config", "recipes/dpo_qlora_quickstart.yaml", "--adapter", work / "sft", "--output_dir", output]
-    return list(map(str, [*given, "--data_files", work / "pairs.jsonl", *TRAINING, *more]))
-
-
-def run(work: Path, output: Path, *more: object, config: str = "cpu") -> subprocess.CompletedProcess:
-    words = [*accelerate_launch(config), "recipes/dpo_qlora.py", *command(work, output, *more)]
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def arguments_of(work: Path, output: Path) -> list[object]:
+    given = ["--config", ROOT / "recipes/dpo_qlora_quickstart.yaml", "--adapter", work / "sft", "--output_dir", output]
+    return [*given, "--data_files", work / "pairs.jsonl", *TRAINING, "--use_cpu", "true"]
 
 
 @pytest.fixture(scope="module")
 def one_rank(work) -> Path:
-    done = run(work, work / "one")
+    command = [*accelerate_launch("cpu"), "recipes/dpo_qlora.py", *map(str, arguments_of(work, work / "one"))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     (work / "one" / "stdout").write_text(done.stdout)
     return work / "one"
@@ -80,8 +77,7 @@ def test_resumed_run_ends_with_the_same_bits(one_rank, work):
     again = work / "again"
     shutil.copytree(one_rank / "checkpoint-8", again / "checkpoint-8")
     shutil.copy(one_rank / "log.jsonl", again)
-    done = run(work, again, "--resume_from_checkpoint", "latest")
-    assert done.returncode == 0, done.stderr
+    on_ranks(1, run_recipe, "dpo_qlora", *arguments_of(work, again), "--resume_from_checkpoint", "latest")
     for key in ("loss", "trained_tokens", "eval_rewards/margins"):
         assert logged(again, key) == logged(one_rank, key)
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one_rank, again))
@@ -91,8 +87,7 @@ def test_resumed_run_ends_with_the_same_bits(one_rank, work):
 
 def test_two_ranks_train_what_one_trains(one_rank, work):
     """Half the accumulation, the same losses, the same evaluation although the pairs do not divide by the ranks."""
-    done = run(work, work / "two", "--gradient_accumulation_steps", "1", config="multi_cpu")
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, run_recipe, "dpo_qlora", *arguments_of(work, work / "two"), "--gradient_accumulation_steps", "1")
     for key in ("eval_rewards/margins", "eval_loss", "eval_preference_accuracy", "eval_logps/chosen"):
         one, two = logged(one_rank, key), logged(work / "two", key)
         assert two == pytest.approx(one, rel=1e-2, abs=1e-3), key
@@ -196,12 +191,11 @@ def test_the_result_is_an_adapter_as_any_other(one_rank, capsys):
         (["--neftune_noise_alpha", "5"], "neftune_noise_alpha"),
     ],
 )
-def test_mistakes_are_one_line(work, tmp_path, capsys, monkeypatch, arguments, message):
-    monkeypatch.chdir(ROOT)
+def test_mistakes_are_one_line(work, tmp_path, capsys, arguments, message):
     (work / "chats.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
     (work / "equal.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "b "}\n' * 2)
     more = [text.format(work=work) for text in arguments]
-    assert message in refusal("dpo_qlora", [*command(work, tmp_path / "run"), *more], monkeypatch, capsys)
+    assert message in refusal("dpo_qlora", [*arguments_of(work, tmp_path / "run"), *more], capsys)
     assert not (tmp_path / "run").exists()
 
 

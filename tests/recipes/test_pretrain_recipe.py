@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from small_run import accelerate_launch, logged, refusal, rounding
+from ranks import on_ranks, start
+from small_run import accelerate_launch, logged, refusal, rounding, run_recipe, write_sums
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "2", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
@@ -22,10 +23,7 @@ TINY += ["--learning_rate", "1e-3"]  # higher ones blow up rounding, which diffe
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("texts")
-    for number in range(60):
-        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}.\n" for n in range(40)))
-    return folder
+    return write_sums(tmp_path_factory.mktemp("texts"))
 
 
 def command(config: str, *arguments: object, launcher: tuple = ()) -> list[str]:
@@ -52,9 +50,10 @@ WITHOUT_LLMKIT = """
 import sys
 sys.modules["llmkit"] = None  # importing it raises
 import transformers
-generate = transformers.pipeline("text-generation", sys.argv[1])
-assert type(generate.model).__module__.startswith("transformers.")
-print(repr(generate("7 times 3 is", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
+for checkpoint in sys.argv[1:]:
+    generate = transformers.pipeline("text-generation", checkpoint)
+    assert type(generate.model).__module__.startswith("transformers.")
+    print(repr(generate("7 times 3 is", max_new_tokens=8, do_sample=False)[0]["generated_text"]))
 """
 
 
@@ -64,14 +63,15 @@ def test_every_checkpoint_opens_without_llmkit(one_rank):
 
     from llmkit import GPT2LMHeadModel
 
-    for checkpoint in (one_rank / "checkpoint-4", one_rank):
-        done = subprocess.run([sys.executable, "-c", WITHOUT_LLMKIT, checkpoint], capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+    checkpoints = one_rank / "checkpoint-4", one_rank
+    done = subprocess.run([sys.executable, "-c", WITHOUT_LLMKIT, *checkpoints], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for checkpoint, said in zip(checkpoints, done.stdout.splitlines(), strict=True):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
         ids = tokenizer("7 times 3 is", return_tensors="pt")
         model = GPT2LMHeadModel.from_pretrained(checkpoint).eval()
         output = model.generate(**ids, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)[0]
-        assert done.stdout.strip() == repr(tokenizer.decode(output, skip_special_tokens=True))
+        assert said == repr(tokenizer.decode(output, skip_special_tokens=True))
         config = json.loads((checkpoint / "config.json").read_text())
         assert config["model_type"] == "gpt2" and config["vocab_size"] == 300 and config["use_cache"]
 
@@ -115,10 +115,10 @@ def test_two_ranks_train_what_one_trains(one_rank, texts, tmp_path, nodes):
 
 def test_killed_and_resumed_ends_with_the_same_bits(texts, tmp_path):
     """SIGTERM to the launcher: its ranks agree on a step, save and stop; resumed, they end as the whole run did."""
-    arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--max_steps", "150"]
-    arguments += ["--eval_strategy", "no", "--save_steps", "1000", "--output_dir"]
+    arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--max_steps", "100"]
+    arguments += ["--eval_strategy", "no", "--save_steps", "1000", "--use_cpu", "true", "--output_dir"]
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    assert launch("multi_cpu", *arguments, whole).returncode == 0
+    on_ranks(2, run_recipe, "pretrain", *arguments, whole)
     process = subprocess.Popen(
         command("multi_cpu", *arguments, stopped), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -129,10 +129,9 @@ def test_killed_and_resumed_ends_with_the_same_bits(texts, tmp_path):
     process.terminate()
     assert "stopped (SIGTERM) at step" in process.communicate(timeout=120)[0]
     step = int(next(stopped.glob("checkpoint-*")).name.split("-")[1])
-    assert 0 < step < 150
-    done = launch("multi_cpu", *arguments, stopped, "--resume_from_checkpoint", "latest")
-    assert done.returncode == 0, done.stderr
-    assert list(logged(stopped, "loss")) == list(range(1, 151))
+    assert 0 < step < 100
+    on_ranks(2, run_recipe, "pretrain", *arguments, stopped, "--resume_from_checkpoint", "latest")
+    assert list(logged(stopped, "loss")) == list(range(1, 101))
     expected, found = load_file(whole / "model.safetensors"), load_file(stopped / "model.safetensors")
     assert all((expected[name] == found[name]).all() for name in expected)
 
@@ -140,24 +139,20 @@ def test_killed_and_resumed_ends_with_the_same_bits(texts, tmp_path):
 def test_a_budget_that_is_killed_goes_on_as_the_run_of_its_steps(texts, tmp_path):
     """SIGKILL. The number of steps is the checkpoint's, and the weights are those of a run that was given it."""
     arguments = [*TINY, "--text_files", texts / "*.txt", "--data_dir", tmp_path / "data", "--eval_steps", "0.5"]
-    arguments += ["--save_steps", "0.2", "--logging_steps", "100", "--train_minutes", "0.15"]
+    arguments += ["--save_steps", "0.2", "--logging_steps", "100", "--use_cpu", "true"]
     del arguments[arguments.index("--max_steps") : arguments.index("--max_steps") + 2]
     killed, plain = tmp_path / "killed", tmp_path / "plain"
-    script = [sys.executable, "recipes/pretrain.py", "--use_cpu", "true", *map(str, arguments)]
-    process = subprocess.Popen([*script, "--output_dir", str(killed)], cwd=ROOT, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not list(killed.glob("checkpoint-*")):
+    budget = [*arguments, "--train_minutes", "0.05", "--output_dir", killed]
+    (process,) = start(1, run_recipe, "pretrain", *budget).processes
+    while process.is_alive() and not list(killed.glob("checkpoint-*")):
         time.sleep(0.02)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
-    resume = ["--resume_from_checkpoint", "latest", "--output_dir", str(killed)]
-    done = subprocess.run([*script, *resume], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    on_ranks(1, run_recipe, "pretrain", *budget, "--resume_from_checkpoint", "latest")
     runs = [json.loads(line)["run"] for line in (killed / "log.jsonl").read_text().splitlines() if '"run"' in line]
     steps = runs[-1]["arguments"]["max_steps"]
-    length = ["--max_steps", str(steps), "--output_dir", str(plain)]  # takes the place of the minutes
-    script = script[: script.index("--train_minutes")] + length
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    on_ranks(1, run_recipe, "pretrain", *arguments, "--max_steps", steps, "--output_dir", plain)
     expected, found = load_file(plain / "model.safetensors"), load_file(killed / "model.safetensors")
     assert all((expected[name] == found[name]).all() for name in expected)
 
@@ -203,5 +198,5 @@ def test_mistakes_are_one_line(tmp_path, arguments, message, monkeypatch, capsys
     arguments = [text.format(tmp=tmp_path) for text in arguments]
     monkeypatch.chdir(tmp_path)
     given = [*TINY, *arguments, "--output_dir", tmp_path / "run"]
-    assert message in refusal("pretrain", given, monkeypatch, capsys)
+    assert message in refusal("pretrain", given, capsys)
     assert not (tmp_path / "run").exists()

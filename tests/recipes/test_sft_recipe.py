@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig, PhiForCausalLM, pipeline, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiForCausalLM, pipeline, set_seed
 
 from llmkit.data.tokenizer import train_bpe_tokenizer
-from small_run import accelerate_launch, logged, refusal
+from ranks import on_ranks
+from small_run import accelerate_launch, logged, phi_config, refusal, run_recipe
 
 ROOT = Path(__file__).parents[2]
 ANSWERS = {
@@ -34,20 +35,8 @@ def work(tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("sft")
     tokenizer = train_bpe_tokenizer([f"### Human: {q}\n### Assistant: {a}" for q, a in ANSWERS.items()] * 3, 330)
     set_seed(0)
-    config = PhiConfig(
-        vocab_size=512,  # more rows than the tokenizer has tokens, as Phi-2's 51,200
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=128,
-        partial_rotary_factor=0.4,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        # What is random here has to be as lively as a trained model is, for a low-rank update to steer it.
-        initializer_range=0.2,
-    )
-    model = PhiForCausalLM(config)
+    # What is random here has to be as lively as a trained model is, for a low-rank update to steer it.
+    model = PhiForCausalLM(phi_config(tokenizer, initializer_range=0.2))
     torch.nn.init.normal_(model.lm_head.bias, std=0.5)
     model.save_pretrained(work / "base")
     tokenizer.save_pretrained(work / "base")
@@ -56,10 +45,13 @@ def work(tmp_path_factory) -> Path:
     return work
 
 
+def arguments_of(work: Path, output: Path) -> list[object]:
+    given = ["--config", ROOT / "recipes/sft_qlora_quickstart.yaml", "--model", work / "base", "--output_dir", output]
+    return [*given, "--data_files", work / "chats.jsonl", *TRAINING]
+
+
 def run(work: Path, output: Path, *more: object, config: str = "cpu") -> subprocess.CompletedProcess:
-    command = [*accelerate_launch(config), "recipes/sft_qlora.py"]
-    command += ["--config", "recipes/sft_qlora_quickstart.yaml", "--model", work / "base", "--output_dir", output]
-    command += ["--data_files", work / "chats.jsonl", *TRAINING, *more]
+    command = [*accelerate_launch(config), "recipes/sft_qlora.py", *arguments_of(work, output), *more]
     return subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -151,8 +143,8 @@ def test_resumed_run_ends_with_the_same_bits(one_rank, work):
     again = work / "again"
     shutil.copytree(one_rank / "checkpoint-40", again / "checkpoint-40")
     shutil.copy(one_rank / "log.jsonl", again)
-    done = run(work, again, "--resume_from_checkpoint", "latest")
-    assert done.returncode == 0, done.stderr
+    resume = ["--use_cpu", "true", "--resume_from_checkpoint", "latest"]
+    on_ranks(1, run_recipe, "sft_qlora", *arguments_of(work, again), *resume)
     for key in ("loss", "trained_tokens"):
         assert logged(again, key) == logged(one_rank, key)
     expected, found = (load_file(folder / "adapter_model.safetensors") for folder in (one_rank, again))
@@ -175,11 +167,9 @@ def test_resumed_run_ends_with_the_same_bits(one_rank, work):
         (["--learning_rat", "1"], "did you mean --learning_rate?"),
     ],
 )
-def test_mistakes_are_one_line(one_rank, work, tmp_path, capsys, monkeypatch, arguments, message):
+def test_mistakes_are_one_line(one_rank, work, tmp_path, capsys, arguments, message):
     more = [text.format(work=work) for text in arguments]
-    base = ["--config", ROOT / "recipes/sft_qlora_quickstart.yaml", "--model", work / "base", "--data_files"]
-    base += [work / "chats.jsonl", *TRAINING, "--output_dir", tmp_path / "run"]
-    assert message in refusal("sft_qlora", [*base, *more], monkeypatch, capsys)
+    assert message in refusal("sft_qlora", [*arguments_of(work, tmp_path / "run"), *more], capsys)
     assert not (tmp_path / "run").exists()
 
 

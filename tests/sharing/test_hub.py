@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import close_session, constants
 
-from hub_server import DROP, READER, SILENT, WRITER, Failure, Hub, running_hub
+from hub_server import DROP, READER, SILENT, WRITER, Failure, Hub, hub_of_this_process
 from llmkit.cli import main as llmkit
 from llmkit.runs.run import QUANTIZATION_CONFIG
-from small_run import accelerate_launch, trainer
+from small_run import accelerate_launch, run_recipe, trainer, write_sums
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "64", "--vocab_size", "300"]
@@ -29,14 +28,7 @@ TINY += ["--warmup_steps", "2", "--sample_tokens", "4"]
 def hub(tmp_path_factory):
     """A Hub, and this process as a client of it that is logged in."""
     home = tmp_path_factory.mktemp("home")
-    with running_hub() as hub, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(constants, "ENDPOINT", hub.address)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "".join(template[1:]))
-        patch.setattr(constants, "HF_HUB_OFFLINE", False)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    with hub_of_this_process(home) as hub, pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", WRITER)
         patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
         yield hub
@@ -57,19 +49,9 @@ def waits(monkeypatch) -> list[float]:
     return waits
 
 
-def recipe(name: str, *arguments: object) -> None:
-    """`recipes/NAME.py` in this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [name, *map(str, arguments)])
-        runpy.run_path(str(ROOT / "recipes" / f"{name}.py"), run_name="__main__")
-
-
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("private_texts")
-    for number in range(60):
-        (folder / f"{number}.txt").write_text("".join(f"{number} times {n} is {number * n}.\n" for n in range(40)))
-    return folder
+    return write_sums(tmp_path_factory.mktemp("private_texts"))
 
 
 def pretraining(texts: Path, run: Path) -> list[object]:
@@ -81,7 +63,7 @@ def pretrained(hub, texts, tmp_path_factory) -> Path:
     """A run that found the Hub down when it began."""
     run = tmp_path_factory.mktemp("runs") / "pretrained"
     hub.failures.append(down := Failure("POST", "/repos/create", 503, times=1))
-    recipe("pretrain", *pretraining(texts, run), "--push_to_hub", "true", "--hub_private_repo", "false")
+    run_recipe("pretrain", *pretraining(texts, run), "--push_to_hub", "true", "--hub_private_repo", "false")
     assert not hub.repos["me/pretrained"].private
     assert not down.times
     return run
@@ -104,7 +86,7 @@ def adapter(hub, pretrained, texts) -> Path:
         "--hub_strategy",
         "end",
     ]
-    recipe("sft_qlora", "--config", ROOT / "recipes" / "sft_qlora_quickstart.yaml", *arguments)
+    run_recipe("sft_qlora", "--config", ROOT / "recipes" / "sft_qlora_quickstart.yaml", *arguments)
     return run
 
 
@@ -192,7 +174,7 @@ def test_secrets_are_refused_in_recipes_and_new_ones_are_noticed(tmp_path, capsy
     } - tokens_of_text == set(SECRETS)
     (tmp_path / "pretrain_mine.yaml").write_text(f"hub_token: {WRITER}\n")
     with pytest.raises(SystemExit):
-        recipe("pretrain", "--config", tmp_path / "pretrain_mine.yaml")
+        run_recipe("pretrain", "--config", tmp_path / "pretrain_mine.yaml")
     error = capsys.readouterr().err
     assert "hub_token is not taken from" in error and "HF_TOKEN" in error and WRITER not in error
 
@@ -399,7 +381,7 @@ def test_what_could_not_be_pushed_is_not_trained(
     given = arguments if arguments[0].startswith("--") else []
     with pytest.raises(SystemExit) as ended:
         run = tmp_path / "run"
-        recipe("pretrain", *pretraining(texts, run), "--push_to_hub", "true", "--hub_model_id", "me/never", *given)
+        run_recipe("pretrain", *pretraining(texts, run), "--push_to_hub", "true", "--hub_model_id", "me/never", *given)
     error = capsys.readouterr().err.splitlines()[-1]
     assert ended.value.code == 2 and error.startswith("error: ") and message in error
     assert not run.exists() and "me/never" not in hub.repos and READER not in error

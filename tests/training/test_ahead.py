@@ -25,6 +25,7 @@ from llmkit.data.shards import prepare_shards
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError, exit_on_user_error
 from llmkit.training import shard_supply
+from ranks import on_ranks
 from small_run import BLOCK, losses, refusal, rounding, trainer, weights
 
 HOW = {"validation_fraction": 0.1, "shard_tokens": 600, "num_workers": 1, "close_together": True}
@@ -261,21 +262,21 @@ def train_with_child(texts, tokenizer, data_dir, output_dir, steps=STEPS, split=
     exit_on_user_error(run.train)()
 
 
-def start(tmp_path, texts, tokenizer, *more, ranks=1):
+def places(tmp_path, texts) -> list[Path]:
+    return [texts, tmp_path / "tokenizer", tmp_path / "shards", tmp_path / "run"]
+
+
+def start(tmp_path, texts, tokenizer, *more):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "script.py").write_text(SCRIPT)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    launch += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    places = [Path(__file__).parent, texts, tmp_path / "tokenizer", tmp_path / "shards", tmp_path / "run", *more]
-    command = [sys.executable, *(launch if ranks > 1 else []), tmp_path / "script.py", *places]
+    command = [sys.executable, tmp_path / "script.py", Path(__file__).parent, *places(tmp_path, texts), *more]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow
 def test_two_ranks_and_a_child_make_the_run_of_one(texts, tokenizer, tmp_path, expected):
-    run = start(tmp_path, texts, tokenizer, ranks=2)
-    _, told = run.communicate(timeout=240)
-    assert run.returncode == 0, told
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    on_ranks(2, train_with_child, *map(str, places(tmp_path, texts)))
     lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
     found = [line["loss"] for line in lines if "loss" in line]
     assert found == pytest.approx(losses(expected), rel=rounding(STEPS))
@@ -316,11 +317,11 @@ def test_text_that_cannot_be_read_is_one_line_after_a_checkpoint(texts, tokenize
     assert (checkpoint / "complete.json").exists()
 
 
-def test_what_cannot_be_known_ahead_is_refused_before_anything_is_written(texts, tmp_path, monkeypatch, capsys):
+def test_what_cannot_be_known_ahead_is_refused_before_anything_is_written(texts, tmp_path, capsys):
     data_dir = tmp_path / "shards"
     common = ["--text_files", texts, "--data_dir", data_dir, "--output_dir", tmp_path / "run", "--prepare", "ahead"]
     for length in (["--train_minutes", "1"], ["--num_train_epochs", "2"]):
-        assert "prepare: ahead needs max_steps" in refusal("pretrain", [*common, *length], monkeypatch, capsys)
+        assert "prepare: ahead needs max_steps" in refusal("pretrain", [*common, *length], capsys)
     assert not data_dir.exists() and not (tmp_path / "run").exists()
     with pytest.raises(UserError, match="prepare: ahead is for one source"):
         DataArguments(data=['{"weight": 1, "text_files": "a.txt"}'], tokenizer="gpt2", prepare="ahead")

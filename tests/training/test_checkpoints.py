@@ -1,7 +1,9 @@
 """A checkpoint is whole or not there, `latest` takes the newest whole one, and a run's folder is one run's."""
 
 import json
+import resource
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from llmkit.errors import UserError
 from llmkit.training import checkpoints, saving
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.checkpoints import checkpoint_to_resume, damage_of
+from ranks import on_ranks, printed
 from small_run import trainer, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
@@ -149,22 +152,17 @@ def test_a_rank_without_a_folder_still_meets_the_others(data, tmp_path, monkeypa
     assert {2, 4, 6} <= set(met)
 
 
+def train_with_small_files(data, folder: Path) -> None:
+    run = trainer(data, folder, **SAVING)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    run.train()
+
+
 def test_a_disk_that_is_really_full(data, tmp_path):
     """Files may not grow past 100 kB: what the kernel then says is a full disk's, to each of the writers."""
-    code = (
-        "import resource, signal, sys; sys.path.insert(0, sys.argv[1]);"
-        "from small_run import trainer; from llmkit.data.manifest import load_manifest;"
-        "from llmkit.data.tokenizer import load_tokenizer;"
-        "run = trainer((load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])), sys.argv[4], save_strategy='steps',"
-        " save_steps=2);"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY)); run.train()"
-    )
-    data[1].save_pretrained(tmp_path / "tokenizer")
-    places = [Path(__file__).parents[1], data[0].directory, tmp_path / "tokenizer", tmp_path / "run"]
-    done = subprocess.run([sys.executable, "-c", code, *map(str, places)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("could not be saved") == 3 and "step      6/6" in done.stdout
+    (said,) = on_ranks(1, printed, train_with_small_files, data, tmp_path / "run")
+    assert said.count("could not be saved") == 3 and "step      6/6" in said
     assert not list((tmp_path / "run").glob("checkpoint-*")) and not (tmp_path / "run" / ".saving").exists()
 
 

@@ -4,10 +4,7 @@ import csv
 import json
 import math
 import re
-import runpy
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,9 +15,9 @@ from llmkit.cli import main as llmkit
 from llmkit.data.tokenizer import train_bpe_tokenizer
 from llmkit.errors import UserError
 from llmkit.training.lr_finder import Step, has_diverged, smooth, suggest
-from small_run import accelerate_launch, losses, trainer
+from ranks import on_ranks, printed
+from small_run import losses, run_recipe, trainer, write_sums
 
-ROOT = Path(__file__).parents[2]
 TINY = ["--n_layer", "1", "--n_head", "2", "--n_embd", "32", "--block_size", "32", "--vocab_size", "300"]
 TINY += ["--total_batch_tokens", "256", "--per_device_train_batch_size", "4", "--bf16", "false"]
 FIND = ["--num_steps", "24", "--min_lr", "1e-4"]
@@ -32,17 +29,15 @@ SFT += ["--gradient_accumulation_steps", "1", "--validation_fraction", "0.2", "-
 def work(tmp_path_factory) -> Path:
     """A pretraining recipe with its text, and a fine-tuning one with its base and its conversations."""
     work = tmp_path_factory.mktemp("work")
-    (work / "texts").mkdir()
-    sums = ["".join(f"{number} times {n} is {number * n}.\n" for n in range(40)) for number in range(40)]
-    for number, text in enumerate(sums):
-        (work / "texts" / f"{number}.txt").write_text(text)
+    write_sums(work / "texts", files=40)
     settings = {"data_dir": work / "data", "output_dir": work / "run", "text_files": f"[{work}/texts/*.txt]"}
-    settings |= {"learning_rate": 1e-3, "max_steps": 4, "logging_steps": 1, "save_steps": 2}
+    settings |= {"learning_rate": 1e-3, "use_cpu": "true", "max_steps": 4, "logging_steps": 1, "save_steps": 2}
     settings |= {"eval_strategy": "steps", "eval_steps": 2, "sample_prompts": "[1 times]"}
     settings |= dict(zip((flag[2:] for flag in TINY[::2]), TINY[1::2], strict=True))
     (work / "pretrain_sums.yaml").write_text("".join(f"{key}: {value}\n" for key, value in settings.items()))
 
-    tokenizer = train_bpe_tokenizer([f"### Human: {sums[0]}\n### Assistant: {sums[1]}"], 300)
+    sums = [(work / "texts" / f"{number}.txt").read_text() for number in (0, 1)]
+    tokenizer = train_bpe_tokenizer(["### Human: {}\n### Assistant: {}".format(*sums)], 300)
     set_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = PhiConfig(vocab_size=320, max_position_embeddings=64, eos_token_id=tokenizer.eos_token_id, **sizes)
@@ -53,12 +48,10 @@ def work(tmp_path_factory) -> Path:
     return work
 
 
-def run_recipe(work: Path) -> list[float]:
+def train(work: Path) -> list[float]:
     """The losses of the recipe's run, in this process; a run that is there is replaced."""
     shutil.rmtree(work / "run", ignore_errors=True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pretrain.py", "--config", str(work / "pretrain_sums.yaml")])
-        runpy.run_path(str(ROOT / "recipes" / "pretrain.py"), run_name="__main__")
+    run_recipe("pretrain", "--config", work / "pretrain_sums.yaml")
     log = [json.loads(line) for line in (work / "run" / "log.jsonl").read_text().splitlines()]
     return [record["loss"] for record in log if "loss" in record]
 
@@ -78,11 +71,11 @@ def read(folder: Path) -> list[dict[str, float]]:
 @pytest.fixture(scope="module")
 def found(work) -> Path:
     """What one rank finds, beside the folder of a run whose bytes and times are the same after it."""
-    first = run_recipe(work)
+    first = train(work)
     before = contents(work / "run")
     llmkit(["lr-find", "--config", str(work / "pretrain_sums.yaml"), *FIND, "--output", str(work / "one")])
     assert contents(work / "run") == before
-    assert run_recipe(work) == first, "the run after it is not the run before it"
+    assert train(work) == first, "the run after it is not the run before it"
     assert read(work / "one")[0]["loss"] == pytest.approx(first[0], rel=1e-5), "it began with other weights or batches"
     return work / "one"
 
@@ -99,12 +92,9 @@ def test_files(found):
 
 
 def test_two_ranks_find_what_one_does(found, work):
-    command = [*accelerate_launch("multi_cpu"), "--main_process_port", "29617", "-m", "llmkit", "lr-find"]
-    command += ["--config", work / "pretrain_sums.yaml"]
-    command += [*FIND, "--output", work / "two"]
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("learning_rate: ") == 1
+    command = ["lr-find", "--config", str(work / "pretrain_sums.yaml"), *FIND, "--output", str(work / "two")]
+    said = on_ranks(2, printed, llmkit, command)
+    assert [text.count("learning_rate: ") for text in said] == [1, 0]
     one, two = read(found), read(work / "two")
     assert [row["learning_rate"] for row in two] == [row["learning_rate"] for row in one]
     # Sums in another order: equal to rounding, which a high learning rate blows up.

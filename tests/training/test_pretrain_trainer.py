@@ -18,6 +18,7 @@ from llmkit.runs.record import code_version, command_line
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.checkpoints import checkpoint_to_resume
 from llmkit.training.schedules import decisive_length
+from ranks import on_ranks
 from small_run import BLOCK, losses, rounding, trainer, weights
 
 
@@ -43,37 +44,16 @@ class RaggedWindows(TokenWindows):
         return batch
 
 
-RAGGED = """
-import json, os, sys
-sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
-from llmkit.data.manifest import load_manifest
-from llmkit.data.tokenizer import load_tokenizer
-from small_run import losses, trainer
-from test_pretrain_trainer import RaggedWindows
-data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
-run = trainer(data, sys.argv[4], windows=RaggedWindows, per_device_train_batch_size=2)
-run.train()
-if run.is_world_process_zero():
-    print("losses", json.dumps(losses(run)))
-"""
+def ragged_losses(data, folder: Path, size: int) -> list[float]:
+    run = trainer(data, folder, windows=RaggedWindows, per_device_train_batch_size=size)
+    run.train()
+    return losses(run)
 
 
 def test_ragged_targets_on_ranks_and_micro_batches(data, tmp_path):
     """Eight windows a step, with 1 to 15 targets each: 1 x 8, 4 x 2, and two ranks of 2 x 2 have one loss."""
-    manifest, tokenizer = data
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    found = []
-    for size in (8, 2):
-        run = trainer(data, tmp_path / str(size), windows=RaggedWindows, per_device_train_batch_size=size)
-        run.train()
-        found.append(losses(run))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"]
-    (tmp_path / "ragged.py").write_text(RAGGED)
-    places = [Path(__file__).parent, manifest.directory, tmp_path / "tokenizer", tmp_path / "ranks"]
-    done = subprocess.run([*command, tmp_path / "ragged.py", *places], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    found.append(json.loads(done.stdout.split("losses ")[1].splitlines()[0]))
+    found = [ragged_losses(data, tmp_path / str(size), size) for size in (8, 2)]
+    found.append(on_ranks(2, ragged_losses, data, tmp_path / "ranks", 2)[0])
     assert found[1] == pytest.approx(found[0], rel=rounding(6))
     assert found[2] == pytest.approx(found[0], rel=rounding(6))
 

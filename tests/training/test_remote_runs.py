@@ -18,19 +18,10 @@ from llmkit.data.manifest import load_manifest
 from llmkit.data.mixture import MixedWindows
 from llmkit.data.windows import TokenWindows
 from llmkit.errors import UserError
-from shard_server import FOR_EVER, serving
+from shard_server import FOR_EVER
 from small_run import BLOCK, accelerate_launch, losses, trainer, weights
 
 HOW = {"max_steps": 60, "save_strategy": "steps", "save_steps": 20, "windows": partial(TokenWindows, shard_group=2)}
-
-
-@pytest.fixture
-def server(many_shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(fetching, "FIRST_PAUSE", 0.02)
-    monkeypatch.setattr(fetching, "PATIENCE", 20.0)
-    with serving(many_shards[0].directory) as server:
-        yield server
 
 
 def data_at(server, many_shards):

@@ -1,51 +1,58 @@
 """A run that is asked to stop saves once and stops, whoever is asked and whatever it is doing."""
 
+import hashlib
 import json
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from llmkit.errors import exit_on_user_error
 from llmkit.runs.run import read_log
 from llmkit.training import stopping
 from llmkit.training.callbacks import Samples
-from llmkit.training.checkpoints import checkpoints_of, damage_of
+from llmkit.training.checkpoints import checkpoint_to_resume, checkpoints_of, damage_of
+from ranks import print_into, start
 from small_run import losses, trainer, weights
 
 SAVING = {"save_strategy": "steps", "save_steps": 100}
 SCRIPT = """
-import sys, time
-sys.path.insert(0, sys.argv[1])
+import os, sys
+sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
 from llmkit.data.manifest import load_manifest
 from llmkit.data.tokenizer import load_tokenizer
-from llmkit.errors import exit_on_user_error
-from llmkit.training.checkpoints import checkpoint_to_resume
-from llmkit.training.stopping import listen
-from small_run import trainer
-from transformers import TrainerCallback
+from test_stopping import long_run
+long_run((load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])), sys.argv[4], *map(float, sys.argv[5:]))
+"""
+
 
 class Slowly(TrainerCallback):
+    """All steps but the first, which is to be seen in the log."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
     def on_step_begin(self, args, state, control, **kwargs):
-        time.sleep(float(sys.argv[5]))
+        time.sleep(self.seconds if state.global_step else 0)
+
 
 @exit_on_user_error
-def main():
-    listen()
-    data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
-    run = trainer(data, sys.argv[4], max_steps=100_000, save_strategy="steps", save_steps=int(sys.argv[6]),
-                  per_device_train_batch_size=4, resume_from_checkpoint="latest")
-    run.add_callback(Slowly)
+def long_run(data, folder, step_seconds: float = 0.0, save_steps: float = 1_000_000) -> None:
+    """What a rank does: a run that ends when it is told to."""
+    stopping.listen()
+    how = {"max_steps": 100_000, "save_strategy": "steps", "save_steps": int(save_steps)}
+    run = trainer(data, folder, **how, per_device_train_batch_size=4, resume_from_checkpoint="latest")
+    run.add_callback(Slowly(step_seconds))
     run.train(resume_from_checkpoint=checkpoint_to_resume(run.args))
     print(run.stopped, flush=True)
-
-main()
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -163,62 +170,68 @@ def _signalling(save):
     return save_model
 
 
-IDLE = """
-import signal, sys, time
-from llmkit.training import stopping
-stopping.CLEANING_UP = 0.1
-stopping.listen()
-if sys.argv[1] == "others":
-    signal.signal(signal.SIGUSR1, lambda *args: print("somebody else's", flush=True))
-signal.raise_signal(signal.SIGUSR1)
-time.sleep(2 * stopping.WATCH)
-"""
+def idle(out: Path, other: bool) -> None:
+    """A process that gets a signal without a run, which somebody else may have taken."""
+    print_into(out)
+    stopping.CLEANING_UP = 0.1
+    stopping.listen()
+    if other:
+        signal.signal(signal.SIGUSR1, lambda *_: print("somebody else's", flush=True))
+    signal.raise_signal(signal.SIGUSR1)
+    time.sleep(2 * stopping.WATCH)
 
 
 @pytest.mark.slow
-def test_before_and_after_training_a_signal_ends_the_process():
-    """In a process of its own, which such a signal ends even if somebody catches the exit."""
-    done = subprocess.run([sys.executable, "-c", IDLE, "ours"], capture_output=True, timeout=120)
-    assert done.returncode == 128 + signal.SIGUSR1
+def test_before_and_after_training_a_signal_ends_the_process(tmp_path):
+    (process,) = start(1, idle, tmp_path / "out", False).processes
+    process.join(120)
+    assert process.exitcode == 128 + signal.SIGUSR1
 
 
 @pytest.mark.slow
-def test_a_signal_that_somebody_else_takes_is_theirs():
+def test_a_signal_that_somebody_else_takes_is_theirs(tmp_path):
     """As Ctrl-C in a chat, which stops an answer."""
-    done = subprocess.run([sys.executable, "-c", IDLE, "others"], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (0, "somebody else's\n"), done.stderr
+    (process,) = start(1, idle, tmp_path / "out", True).processes
+    process.join(120)
+    assert (process.exitcode, (tmp_path / "out").read_text()) == (0, "somebody else's\n")
 
 
-BUSY = """
-import hashlib
-from llmkit.training import stopping
-stopping.CLEANING_UP = 0.1
-stopping.listen()
-print("listening", flush=True)
-hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # many minutes in one call, in which no handler of Python's runs
-"""
+def busy(out: Path) -> None:
+    stopping.CLEANING_UP = 0.1
+    stopping.listen()
+    out.touch()
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes in one call, in which no handler of Python's runs
 
 
 @pytest.mark.slow
-def test_a_signal_within_a_librarys_long_call_ends_a_process_that_does_not_train():
+def test_a_signal_within_a_librarys_long_call_ends_a_process_that_does_not_train(tmp_path):
     """As the training of a tokenizer on much text is one."""
-    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"listening\n"
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(timeout=60) == 128 + signal.SIGTERM
-        finally:
-            process.kill()
+    (process,) = start(1, busy, tmp_path / "listening").processes
+    wait((tmp_path / "listening").exists)
+    process.terminate()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 128 + signal.SIGTERM
 
 
-def start(
-    data, tmp_path, ranks: int, step_seconds: float = 0.0, save_steps: int = 1_000_000, restarts: int = 0
-) -> tuple[subprocess.Popen, Path]:
-    """A long run under torch's launcher, of which the first steps are logged."""
+def printing_run(data, tmp_path: Path, step_seconds: float = 0.0) -> None:
+    print_into(tmp_path / "out")
+    long_run(data, tmp_path / "run", step_seconds)
+
+
+def begin(data, tmp_path, ranks: int, step_seconds: float = 0.0) -> list[psutil.Process]:
+    """The ranks of a long run, without a launcher, when their first step is logged."""
+    processes = start(ranks, printing_run, data, tmp_path, step_seconds).processes
+    wait_for_a_step(tmp_path, lambda: all(process.is_alive() for process in processes))
+    return [psutil.Process(process.pid) for process in processes]
+
+
+def launch(data, tmp_path, *more: float, restarts: int = 0) -> tuple[subprocess.Popen, list[psutil.Process]]:
+    """torch's launcher with two ranks of a long run, when their first step is logged."""
     data[1].save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "script.py").write_text(SCRIPT)
-    places = [Path(__file__).parents[1], data[0].directory, tmp_path / "tokenizer", tmp_path / "run"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc_per_node", ranks]
+    places = [Path(__file__).parent, data[0].directory, tmp_path / "tokenizer", tmp_path / "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--local-addr", "127.0.0.1", "--nproc_per_node", 2]
     if restarts:  # as `accelerate launch` calls it, where ranks that start again get the store of those before them
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -226,13 +239,20 @@ def start(
         command += ["--max-restarts", restarts]
     else:
         command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    command += [tmp_path / "script.py", *places, step_seconds, save_steps]
     with (tmp_path / "out").open("w") as out:
-        process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out)
+        process = subprocess.Popen(
+            list(map(str, [*command, tmp_path / "script.py", *places, *more])), stdout=out, stderr=out
+        )
+    wait_for_a_step(tmp_path, lambda: process.poll() is None)
+    ranks = psutil.Process(process.pid).children()
+    assert len(ranks) == 2
+    return process, ranks
+
+
+def wait_for_a_step(tmp_path, is_alive: Callable[[], bool]) -> None:
     log = tmp_path / "run" / "log.jsonl"
-    wait(lambda: process.poll() is not None or (log.exists() and '"loss"' in log.read_text()))
-    assert process.poll() is None, (tmp_path / "out").read_text()
-    return process, tmp_path / "out"
+    wait(lambda: not is_alive() or (log.exists() and '"loss"' in log.read_text()))
+    assert is_alive(), (tmp_path / "out").read_text()
 
 
 def wait(condition, seconds: float = 120.0) -> None:
@@ -246,32 +266,42 @@ def ended(ranks: list[psutil.Process]) -> bool:
     return not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
 
 
+def both_have_saved(tmp_path) -> None:
+    """Into one checkpoint, and each rank has said so."""
+    text = (tmp_path / "out").read_text()
+    (checkpoint,) = checkpoints_of(tmp_path / "run")
+    assert damage_of(checkpoint) is None, text
+    assert text.count("checkpoint saved in") == 2, text
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("who", ["one rank", "launcher, killed", "launcher and ranks"])
+def test_two_ranks_stop_together_where_one_is_asked(data, tmp_path):
+    ranks = begin(data, tmp_path, 2)
+    ranks[1].send_signal(signal.SIGUSR1)
+    wait(lambda: ended(ranks))
+    both_have_saved(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["launcher, killed", "launcher and ranks"])
 def test_two_ranks_stop_together(data, tmp_path, who):
-    process, out = start(data, tmp_path, 2)
-    ranks = psutil.Process(process.pid).children()
-    assert len(ranks) == 2
-    if who == "one rank":
-        ranks[1].send_signal(signal.SIGUSR1)
-    elif who == "launcher, killed":
+    process, ranks = launch(data, tmp_path)
+    if who == "launcher, killed":
         process.kill()
     else:
         for each in (*ranks, process):
             each.send_signal(signal.SIGTERM)
     wait(lambda: ended(ranks))
     process.wait(timeout=60)
-    (checkpoint,) = checkpoints_of(tmp_path / "run")
-    assert damage_of(checkpoint) is None, out.read_text()
-    assert out.read_text().count("checkpoint saved in") == 2  # each rank's line
+    both_have_saved(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_rank_that_dies_ends_the_other_with_one_line_and_the_run_goes_on(data, tmp_path):
     """Under a launcher that may start the ranks again, from the last checkpoint."""
-    process, out = start(data, tmp_path, 2, step_seconds=0.1, save_steps=2, restarts=1)
+    process, ranks = launch(data, tmp_path, 0.1, 2, restarts=1)
+    out = tmp_path / "out"
     wait(lambda: checkpoints_of(tmp_path / "run"))
-    ranks = psutil.Process(process.pid).children()
     ranks[1].kill()
     wait(lambda: ended(ranks))
     text = out.read_text()
@@ -290,12 +320,10 @@ def test_a_rank_that_dies_ends_the_other_with_one_line_and_the_run_goes_on(data,
 
 @pytest.mark.slow
 def test_a_second_signal_ends_a_long_step_at_once(data, tmp_path):
-    process, out = start(data, tmp_path, 1, step_seconds=30.0)
-    (rank,) = psutil.Process(process.pid).children()
+    (rank,) = begin(data, tmp_path, 1, step_seconds=60.0)
     rank.send_signal(signal.SIGINT)
-    wait(lambda: "SIGINT: saving at the end of this step" in out.read_text())
+    wait(lambda: "SIGINT: saving at the end of this step" in (tmp_path / "out").read_text())
     time.sleep(stopping.SAME_REQUEST + 0.1)
     rank.send_signal(signal.SIGINT)
     wait(lambda: ended([rank]), seconds=20)
-    process.wait(timeout=60)
     assert not checkpoints_of(tmp_path / "run")

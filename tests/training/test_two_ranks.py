@@ -2,43 +2,32 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from test_budget import Clock, fixed
-from test_schedules import expected_one_cycle
+from test_schedules import expected_one_cycle, watched
 from transformers import TrainerCallback
 
 from llmkit import files
 from llmkit.data.mixture import MixedWindows
 from llmkit.data.windows import TokenWindows
 from llmkit.training.checkpoints import checkpoint_to_resume, ranks_of
+from ranks import on_ranks
 from small_run import BLOCK, losses, rounding, trainer
 
 TOGETHER = {"optim": "muon", "weight_decay": 0.1, "max_steps": 4, "per_device_train_batch_size": 4, "warmup_steps": 2}
 TOGETHER |= {"batch_ramp_start": 3 * BLOCK, "batch_ramp_tokens": 16 * BLOCK, "monitor_steps": 2, "hellaswag_steps": 4}
 WATCHED = ("loss", "tokens", "learning_rate", "lr/", "grad_norm", "param_norm", "update_ratio", "hellaswag")
-SCRIPT = """
-import json, os, sys
-sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
-from llmkit.data.manifest import load_manifest
-from llmkit.data.tokenizer import load_tokenizer
-from test_budget import Clock, fixed
-from test_schedules import watched
-from test_two_ranks import steps_of_a_budget, train_mixture, train_together, train_with_dropout
-data = load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])
-found = watched(data, sys.argv[4] + "/one_cycle")
-dropped = train_with_dropout(data, sys.argv[4] + "/dropout")
-train_together(data, sys.argv[4] + "/together", sys.argv[5])
-mixed = train_mixture(data, sys.argv[4] + "/mixture")
-steps = steps_of_a_budget(data, sys.argv[4] + "/budget")
-with open(f"{sys.argv[4]}/rank_{os.environ['RANK']}.json", "w") as file:  # two ranks' prints may mix
-    json.dump([found, dropped, steps, mixed], file)
-"""
+
+
+def work_of_a_rank(data, folder: Path, questions: str) -> list:
+    found = watched(data, folder / "one_cycle")
+    dropped = train_with_dropout(data, folder / "dropout")
+    train_together(data, folder / "together", questions)
+    return [found, dropped, steps_of_a_budget(data, folder / "budget"), train_mixture(data, folder / "mixture")]
 
 
 def train_together(data, output_dir, questions) -> None:
@@ -89,16 +78,8 @@ def train_mixture(data, output_dir) -> list:
 @pytest.fixture(scope="module")
 def two_ranks(data, hellaswag, tmp_path_factory) -> tuple[Path, list]:
     """The folder of the runs, and what each rank found."""
-    manifest, tokenizer = data
     folder = tmp_path_factory.mktemp("ranks")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    (folder / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", folder / "script.py"]
-    places = [Path(__file__).parent, manifest.directory, folder / "tokenizer", folder, hellaswag]
-    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return folder, [json.loads((folder / f"rank_{rank}.json").read_text()) for rank in range(2)]
+    return folder, on_ranks(2, work_of_a_rank, data, folder, hellaswag)
 
 
 def test_each_rank_steps_its_schedule_once_a_step(two_ranks):
@@ -142,14 +123,6 @@ def test_the_steps_of_a_mixture_are_the_same_on_two_ranks(two_ranks, data, tmp_p
         assert found == pytest.approx(entry, rel=rounding(5))
 
 
-ELASTIC = """
-import os, sys
-sys.path[:0] = [sys.argv[1], os.path.dirname(sys.argv[1])]
-from llmkit.data.manifest import load_manifest
-from llmkit.data.tokenizer import load_tokenizer
-from test_two_ranks import go_on
-go_on((load_manifest(sys.argv[2]), load_tokenizer(sys.argv[3])), sys.argv[4], 4)
-"""
 EACH_TWO = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6, "per_device_train_batch_size": 4}
 
 
@@ -174,13 +147,7 @@ def test_from_one_rank_to_two_and_back(data, tmp_path):
     run = tmp_path / "run"
     go_on(data, run, 2)
     files.release_folder(run)
-    data[1].save_pretrained(tmp_path / "tokenizer")
-    (tmp_path / "script.py").write_text(ELASTIC)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv-backend", "c10d"]
-    command += ["--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1", tmp_path / "script.py"]
-    places = [Path(__file__).parent, data[0].directory, tmp_path / "tokenizer", run]
-    done = subprocess.run([*command, *places], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    on_ranks(2, go_on, data, run, 4)
     assert ranks_of(run / "checkpoint-4") == 2
     go_on(data, run, 6)
     logged = [
