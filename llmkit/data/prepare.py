@@ -185,7 +185,7 @@ def _check_folder(directory: Path) -> None:
     """Refuse a folder that holds something else than a preparation, or that cannot be made."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+        names = {path.name.removesuffix(".tmp") for path in directory.iterdir() if not path.name.startswith(".")}
     except OSError as error:
         raise UserError(f"{directory}: no folder for shards can be made there: {error.strerror}") from error
     if names and not names & {SOURCE, TOKENIZER, MANIFEST, JOURNAL} and not list(directory.glob("*_00000.bin*")):

@@ -127,3 +127,12 @@ def test_a_refused_preparation_leaves_nothing(texts):
     with pytest.raises(UserError, match="9.txt"):
         prepare_pretraining_data(DataArguments(text_files=[texts], vocab_size=300, data_dir="mine"))
     assert not Path("mine").exists()
+
+
+def test_a_preparation_that_another_rank_has_just_begun_is_no_other_file(texts):
+    Path("mine").mkdir()
+    (Path("mine") / "source.json.tmp").touch()  # not renamed yet, or left behind by a kill
+    prepare_pretraining_data(DataArguments(text_files=[texts], tokenizer="character", data_dir="mine"))
+    (Path("other") / "photos").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds other files, such as photos"):
+        prepare_pretraining_data(DataArguments(text_files=[texts], tokenizer="character", data_dir="other"))
