@@ -1,6 +1,7 @@
 """Shards in several tasks: what N processes are worth beside one, and the memory of the largest of them.
 
     python benchmarks/tasks.py                                       # 8 files of 25 MB, 8 tasks, 1 and 2 at a time
+    python benchmarks/tasks.py --rounds 3                            # in turns, and the medians
     python benchmarks/tasks.py --files 100000 --megabytes 100 --tasks 4 --workers 1
     python benchmarks/tasks.py --files 1 --megabytes 1000 --one_line --tasks 1 --workers 1
     python benchmarks/tasks.py --files 1 --megabytes 1000 --array --tasks 1 --workers 1
@@ -11,13 +12,15 @@ line end is a space. With `--array` a file is one JSON array in one line, of row
 prepare --executor local` runs in a process of its own with a BPE of 4,096 tokens. `seconds` are from its start to its
 end, with imports and the merge; `tasks` from the start of the first task to the end of the last one, as datatrove's
 logs tell. `memory` is the peak of the largest process, libraries included: the largest worker, or with one worker the
-command itself, where the tasks then run. No worker may reach 2,000 MB.
+command itself, where the tasks then run. No worker may reach 2,000 MB. `of N times one` is the rate of N tasks at a
+time beside N times the rate of one, round by round.
 """
 
 import argparse
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -101,22 +104,28 @@ def main() -> None:
     parser.add_argument("--array", action="store_true", help="JSON instead of text, in one line")
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--folder", help="for the text and the shards (default: the system's temporary folder)")
     options = parser.parse_args()
     print(f"{options.files:,} files, {options.megabytes:,.0f} MB, {options.tasks} tasks; {cpu_name()}")
-    print("workers       tokens  seconds    tasks  tokens/s of the tasks  memory MB")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         text, tokenizer = Path(folder) / "text", Path(folder) / "tokenizer"
         text.mkdir()
         write_text(text, options.files, options.megabytes, options.one_line, options.array)
         sources = (path.read_text(encoding="utf-8", errors="replace") for path in stdlib_sources())
         train_bpe_tokenizer(sources, 4096).save_pretrained(tokenizer)
-        for workers in options.workers:
-            tokens, seconds, tasks, memory = measure(options, text, tokenizer, workers)
-            rate = tokens / tasks
-            print(
-                f"{workers:>7} {tokens:>12,} {seconds:>8.1f} {tasks:>8.1f} {rate:>22,.0f} {memory:>10,.0f}", flush=True
-            )
+        rounds = [
+            {workers: measure(options, text, tokenizer, workers) for workers in options.workers}
+            for _ in range(options.rounds)
+        ]
+    print("workers       tokens  seconds    tasks  tokens/s of the tasks  memory MB  of N times one")
+    for workers in options.workers:
+        tokens, seconds, tasks, memory = map(statistics.median, zip(*(each[workers] for each in rounds), strict=True))
+        row = f"{workers:>7} {tokens:>12,} {seconds:>8.1f} {tasks:>8.1f} {tokens / tasks:>22,.0f} {memory:>10,.0f}"
+        if workers > 1 and 1 in options.workers:
+            worth = [each[1][2] / each[workers][2] / workers for each in rounds]
+            row += f"  {statistics.median(worth):>6.2f} ({min(worth):.2f}..{max(worth):.2f})"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
