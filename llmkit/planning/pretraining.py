@@ -10,6 +10,7 @@ from llmkit.data.arguments import DataArguments
 from llmkit.data.corpus import open_corpus
 from llmkit.data.manifest import MANIFEST, Manifest, load_manifest
 from llmkit.data.prepare import default_data_dir
+from llmkit.machine import bf16_is_fast
 from llmkit.model.arguments import ModelArguments
 from llmkit.model.configuration_gpt2 import GPT2Config
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
@@ -96,7 +97,7 @@ def pretraining_step(
     def create_optimizer(model: torch.nn.Module) -> torch.optim.Optimizer:
         assert isinstance(model, GPT2LMHeadModel), "that of `build`"
         if args.optim == MUON:
-            return create_muon(model, args, decayed=())
+            return create_muon(model, args, decayed=(), has_bf16=bf16_is_fast(args.device.type))
         optimizer_class, how = Trainer.get_optimizer_cls_and_kwargs(args, model)
         return optimizer_class(model.parameters(), **how)
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import AdamW, Muon, Optimizer
@@ -31,7 +30,6 @@ from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 from llmkit.errors import UserError
-from llmkit.machine import bf16_is_fast
 from llmkit.training.mixin import ArgumentsMixin
 
 MUON = "muon"
@@ -207,12 +205,13 @@ class MuonWithAdamW(Optimizer):
         self._share()
 
 
-def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[str]) -> MuonWithAdamW:
+def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[str], has_bf16: bool) -> MuonWithAdamW:
     """The optimizer for a GPT-2.
 
     Args:
         args: with learning rates, weight decay and AdamW's own settings.
         decayed: the names of the parameters that have weight decay (`Trainer.get_decay_parameter_names`).
+        has_bf16: whether all ranks are fast at bfloat16. Each applies the whole update, so they compute it alike.
     """
     assert args.muon_learning_rate is not None, "set with the arguments"
     hidden = {id(p) for p in model.get_submodule("transformer.h").parameters() if p.ndim == 2}
@@ -230,19 +229,17 @@ def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[
         fused=True,
     )
     sharded = is_fully_sharded(args)  # the matrices are sharded after this, within the same groups
-    # The ranks' weights would drift apart if each chose for itself.
-    is_fast = all(gather_object([bf16_is_fast(args.device.type)]))
     muon = (ShardedMuon if sharded else MatrixMuon)(
         [{"params": matrices, "name": MUON}],
-        torch.bfloat16 if is_fast else torch.float32,
+        torch.bfloat16 if has_bf16 else torch.float32,
         lr=args.muon_learning_rate,
         weight_decay=args.weight_decay,
     )  # momentum 0.95, Nesterov, 5 iterations: the defaults, and Jordan's
     return MuonWithAdamW(adamw, muon)
 
 
-# The values of `optim` that Trainer does not know, and what makes each: of the model, the arguments and the names of
-# the parameters that have weight decay.
+# The values of `optim` that Trainer does not know, and what makes each: of the model, the arguments, the names of the
+# parameters that have weight decay, and whether all ranks are fast at bfloat16.
 OPTIMIZERS = {MUON: create_muon}
 
 

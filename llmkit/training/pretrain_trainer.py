@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import transformers
-from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import FullyShardedDataParallelPlugin, gather_object
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
@@ -16,7 +16,7 @@ from llmkit.data.mixture import MixedWindows, MixtureSampler
 from llmkit.data.windows import TokenWindows, collate_windows
 from llmkit.errors import UserError
 from llmkit.evaluation.hellaswag import encode_hellaswag, load_hellaswag
-from llmkit.machine import device_name, peak_flops
+from llmkit.machine import bf16_is_fast, device_name, peak_flops
 from llmkit.model.loss import IGNORE_INDEX
 from llmkit.model.modeling_gpt2 import GPT2LMHeadModel
 from llmkit.runs.record import run_record, windows_record
@@ -130,7 +130,9 @@ class PretrainTrainer(ShardSupply):
     def create_optimizer(self, model=None):
         if self.args.optim in OPTIMIZERS and self.optimizer is None:
             model = self.model if model is None else model
-            self.optimizer = OPTIMIZERS[self.args.optim](model, self.args, self.get_decay_parameter_names(model))
+            decayed = self.get_decay_parameter_names(model)
+            has_bf16 = all(gather_object([bf16_is_fast(self.args.device.type)]))
+            self.optimizer = OPTIMIZERS[self.args.optim](model, self.args, decayed, has_bf16)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):

@@ -104,7 +104,7 @@ def test_the_update_does_not_ask_for_the_orientation(shape, dtype, rounding):
 
 def test_the_iteration_is_in_float32_where_bfloat16_is_slow(data, tmp_path, monkeypatch):
     """The singular values are what the polynomial makes of them, to float32's rounding; bfloat16's is a thousandth."""
-    monkeypatch.setattr("llmkit.training.optimizers.bf16_is_fast", lambda device_type: False)
+    monkeypatch.setattr("llmkit.training.pretrain_trainer.bf16_is_fast", lambda device_type: False)
     muon = trainer(data, tmp_path, **MUON).create_optimizer().muon
     assert isinstance(muon, MatrixMuon) and muon.dtype is torch.float32
     torch.manual_seed(0)
