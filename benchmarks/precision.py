@@ -1,0 +1,68 @@
+"""bfloat16 beside float32 on this machine: training steps of two sizes, and Muon's iteration.
+
+    python benchmarks/precision.py
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/precision.py --rounds 1 --steps 4
+
+llmkit trains in bfloat16, and Muon iterates in it, where the processor multiplies it in hardware
+(`llmkit.machine.bf16_is_fast`, which the second line of the table's head tells). Each measurement is a process of its
+own. `3 x 128` are tokens/s of the quickstart's model, `6 x 384` of a larger one, both with AdamW. `Muon 128` and
+`Muon 384` are the milliseconds that the iteration takes for the four matrices of a layer of that width.
+"""
+
+import argparse
+import time
+
+import torch
+
+from llmkit.machine import bf16_is_fast
+from llmkit.training.optimizers import orthogonalize
+from loops import LOOPS, WARMUP_STEPS
+from measuring import add_options, machine, print_table, report, synchronize, take_turns, use_threads
+
+SHAPES = {
+    "3 x 128": {"n_layer": 3, "n_head": 2, "n_embd": 128, "block_size": 256, "batch_size": 16, "vocab_size": 4096},
+    "6 x 384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 12, "vocab_size": 4096},
+}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def training(shape: dict[str, int], steps: int, bf16: bool) -> float:
+    """Tokens per second."""
+    seconds = LOOPS["llmkit"](argparse.Namespace(**shape, steps=steps, bf16=bf16, compile=False))()
+    return (steps - WARMUP_STEPS) * shape["batch_size"] * shape["block_size"] / seconds
+
+
+def iteration(width: int, dtype: torch.dtype) -> float:
+    """Milliseconds for the matrices of a layer: the best of three."""
+    matrices = [torch.randn(width, columns * width, device=DEVICE) for columns in (3, 1, 4)]
+    matrices.append(torch.randn(4 * width, width, device=DEVICE))
+    best = float("inf")
+    for _ in range(4):  # the first one finds its kernels
+        start = time.perf_counter()
+        for matrix in matrices:
+            orthogonalize(matrix, [(3.4445, -4.7750, 2.0315)] * 5, dtype, eps=1e-7)
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 1e3 * best
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_options(parser, rounds=3)
+    parser.add_argument("--steps", type=int, default=12, help="of a measurement (default 12)")
+    options = parser.parse_args()
+    use_threads(options.threads)
+    if options.peer:
+        dtype = DTYPES[options.peer]
+        figures = {name: training(shape, options.steps, dtype is torch.bfloat16) for name, shape in SHAPES.items()}
+        report(figures | {f"Muon {width}": iteration(width, dtype) for width in (128, 384)})
+        return
+    print(machine())
+    print(f"bf16_is_fast: {bf16_is_fast(DEVICE.type)}; {options.rounds} rounds of {options.steps} steps")
+    figures = dict.fromkeys(SHAPES, ",.0f") | {"Muon 128": ".1f", "Muon 384": ".1f"}
+    print_table(take_turns(list(DTYPES), options.rounds), figures)
+
+
+if __name__ == "__main__":
+    main()
