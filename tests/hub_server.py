@@ -307,9 +307,8 @@ def client_of(address: str, folder: Path) -> Iterator[None]:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
-        patch.setattr(
-            "huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(folder / "hub")
-        )  # private: its own copy
+        # private: what lists the cache has a copy of the constant.
+        patch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(folder / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
         patch.delenv("HF_TOKEN", raising=False)
         # private: clients that were made before keep asking the real Hub, six times over 24 seconds.
