@@ -1,7 +1,6 @@
 """bfloat16 beside float32 on this machine: training steps of two sizes, and Muon's iteration.
 
     python benchmarks/precision.py
-    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/precision.py --rounds 1 --steps 4
 
 llmkit trains in bfloat16, and Muon iterates in it, where the processor multiplies it in hardware
 (`llmkit.machine.bf16_is_fast`, which the second line of the table's head tells). Each measurement is a process of its
@@ -18,9 +17,10 @@ from llmkit.machine import bf16_is_fast
 from llmkit.training.optimizers import orthogonalize
 from loops import LOOPS, WARMUP_STEPS
 from measuring import add_options, machine, print_table, report, synchronize, take_turns, use_threads
+from spinning import QUICKSTART
 
 SHAPES = {
-    "3 x 128": {"n_layer": 3, "n_head": 2, "n_embd": 128, "block_size": 256, "batch_size": 16, "vocab_size": 4096},
+    "3 x 128": QUICKSTART,
     "6 x 384": {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 12, "vocab_size": 4096},
 }
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
