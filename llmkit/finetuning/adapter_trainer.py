@@ -104,7 +104,6 @@ class AdapterTrainer(ExactTrainer):
         trained = sum(self.trained_tokens(batch) for batch in batches)
         read, trained = self.accelerator.reduce(torch.tensor([read, trained], device=device), reduction="sum").tolist()
         self.tokens_since_log += read
-        self.micro_batches = batches
         # The field of the trainer's state that is saved with each checkpoint for such a count.
         self.state.num_input_tokens_seen += trained
         return batches, num_items

@@ -148,6 +148,11 @@ class ExactTrainer(WholeCheckpoints):
         """What is said of a micro-batch's text where its loss is not finite; called on that rank, in that step."""
         raise NotImplementedError
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """Trainer's; `micro_batches` are those of the step that is taken."""
+        self.micro_batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return self.micro_batches, num_items
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.guard.micro_losses.append(loss)

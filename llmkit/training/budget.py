@@ -13,6 +13,7 @@ import itertools
 import math
 import random
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ REHEARSAL = ".rehearsal"  # in the run's folder, so that saves go to the same di
 WARM_UP = 3  # steps that are not timed: they compile, find their memory and fill caches
 FEWEST, MOST = 5, 1000  # steps that are timed
 PART, LONGEST = 0.04, 60.0  # they take this part of the budget, and not more than so many seconds
+SIZED = 256  # batches that say how large one is in the mean, where padding makes them differ
 EVALUATED = 4  # validation batches that are timed
 
 Arguments = TypeVar("Arguments", bound=RunArguments)
@@ -160,8 +162,9 @@ def saves(args: RunArguments, steps: int) -> int:
 class _Stopwatch(TrainerCallback):
     """Times steps after the warm-up, ends the training when there are enough of them, and times a save."""
 
-    def __init__(self, clock: Callable[[], float], seconds: float):
-        self.clock, self.seconds = clock, seconds
+    def __init__(self, trainer: "ExactTrainer", clock: Callable[[], float], seconds: float):
+        self.trainer, self.clock, self.seconds = trainer, clock, seconds
+        self.sizes: list[int] = []  # of the micro-batches of the steps that are timed
         self.last = -1
 
     def _now(self, args: RunArguments) -> float:
@@ -180,6 +183,8 @@ class _Stopwatch(TrainerCallback):
             step = max(gather_object([self._now(args) - self.before]))
             self.last = WARM_UP + min(MOST, max(FEWEST, int(self.seconds / step)))
             self.started = self._now(args)
+        elif state.global_step > WARM_UP:
+            self.sizes += map(_size, self.trainer.micro_batches)
         if state.global_step == self.last:
             self.ended = self._now(args)
             self.step = (self.ended - self.started) / (self.last - WARM_UP)
@@ -231,13 +236,28 @@ def _timed(
     make: Callable, model: PreTrainedModel, args: RunArguments, clock: Callable[[], float], seconds: float
 ) -> tuple[float, float, float, float]:
     """This rank's pace, `setup, step, evaluation, save`, of steps that take about `seconds`."""
-    watch = _Stopwatch(clock, min(seconds, LONGEST))
     begun = clock()
     trainer = make(model, args)
+    watch = _Stopwatch(trainer, clock, min(seconds, LONGEST))
     trainer.remove_callback(trainer.stop_on_request)  # there is nothing to save: a signal ends the process
     trainer.add_callback(watch)
     trainer.train()
-    return watch.ready - begun, watch.step, _time_of_evaluation(trainer, clock), watch.save
+    step = watch.step * _relative_size(trainer, watch.sizes)
+    return watch.ready - begun, step, _time_of_evaluation(trainer, clock), watch.save
+
+
+def _size(batch: dict[str, torch.Tensor]) -> int:
+    """Tokens with padding, which the time of a step grows with."""
+    return batch["input_ids"].numel()
+
+
+def _relative_size(trainer: "ExactTrainer", timed: list[int]) -> float:
+    """A batch of the run, in the mean, beside those that were timed: a few padded ones may be shorter or longer."""
+    timed = gather_object(timed)
+    if len(set(timed)) == 1:  # on all ranks, which go through the loader together
+        return 1.0
+    sizes = [_size(batch) for batch in itertools.islice(trainer.get_train_dataloader(), SIZED)]
+    return statistics.mean(sizes) / statistics.mean(timed)
 
 
 def _time_of_evaluation(trainer: "ExactTrainer", clock: Callable[[], float]) -> float:

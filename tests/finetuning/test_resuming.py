@@ -4,6 +4,7 @@ import pytest
 from transformers import set_seed
 
 from llmkit.errors import UserError
+from llmkit.finetuning.conversations import Conversations, encode_all
 from llmkit.training.budget import fix_length
 from small_run import losses
 from small_sft import make_base, parts, trainer
@@ -72,3 +73,22 @@ def test_minutes_become_the_run_of_that_many_steps(bases, tmp_path):
     plain = make(model, plain)
     plain.train()
     assert losses(budget) == losses(plain) and len(losses(plain)) == args.max_steps
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_pace_is_that_of_batches_as_large_as_the_run_s(bases, tmp_path, seed):
+    """A few padded batches may be shorter or longer than the others. Here a step takes a second for each token."""
+    seconds = 0
+
+    def pass_by(module, args, given):
+        nonlocal seconds
+        seconds += given["input_ids"].numel() if module.training else 0
+
+    answers = ["2, that is. " * (8 if n % 4 == 0 else 1) for n in range(128)]
+    chats = [[{"role": "user", "content": "1?"}, {"role": "assistant", "content": answer}] for answer in answers]
+    make, model, args = parts(bases[0], tmp_path, seed=seed, max_steps=-1, train_minutes=60.0)
+    make.keywords["train_rows"] = encode_all(Conversations("chats", chats), make.keywords["tokenizer"])
+    model.register_forward_pre_hook(pass_by, with_kwargs=True)
+    fix_length(make, model, args, None, lambda: seconds)
+    make(model, args).train()
+    assert seconds == pytest.approx(3600, rel=0.05)
