@@ -189,13 +189,18 @@ def _dequantize(source: torch.nn.Module, target: torch.nn.Module) -> None:
 def gate_rows(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, tokens: list[int]
 ) -> list[dict[str, list[int]]]:
-    """Some of the embedded conversations, and a row of `tokens`."""
+    """Some of the embedded conversations, and a row of `tokens`, at most as long as the context.
+
+    Where that ends before any answer begins, all that is read is predicted.
+    """
     texts = itertools.islice(docstring_conversations(), 0, 10 * GATE_CONVERSATIONS, 10)
     rows = [_gate_row(text, tokenizer) for text in texts]
     if tokens:
         rows.append({"input_ids": tokens, "labels": [IGNORE_INDEX] * len(tokens)})
     context = min(context_length(config), LONGEST_ROW)
-    return [{key: values[:context] for key, values in row.items()} for row in rows]
+    rows = [{key: values[:context] for key, values in row.items()} for row in rows]
+    has_targets = any(label != IGNORE_INDEX for row in rows for label in row["labels"][1:])
+    return rows if has_targets else [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows]
 
 
 def _gate_row(text: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:

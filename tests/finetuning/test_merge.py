@@ -121,6 +121,16 @@ def test_any_chat_template_can_be_merged(bases, tmp_path, template):
     assert found.max_logit_difference < 1e-3 and found.perplexity_adapter > 1
 
 
+def test_a_context_that_ends_before_any_answer(bases, tmp_path):
+    """Nothing of the conversations would be predicted, so the gate predicts what it reads."""
+    set_seed(0)
+    short = GPT2Config.from_pretrained(bases["gpt2"], n_positions=8)
+    GPT2LMHeadModel(short).save_pretrained(tmp_path / "short_gpt2")
+    adapter = make_adapter(str(tmp_path / "short_gpt2"), tmp_path / "adapter")
+    found = merge_adapter(str(adapter), str(tmp_path / "merged"), torch.float32)
+    assert found.max_logit_difference < 1e-3 and found.perplexity_adapter > 1
+
+
 # ------------------------------------------------------------------ what cannot be merged
 
 
