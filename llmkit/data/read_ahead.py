@@ -16,6 +16,7 @@ from llmkit.errors import UserError
 
 Shards = dict[tuple[ShardCache, str], None]  # by name, in the order in which they are wanted
 LOOK = 0.2  # seconds of a wait, after which all ranks see whether to stop
+MORE = 16  # times as many windows of the same group are looked at as are asked for, so that not every step has to look
 
 
 class ReadAhead:
@@ -35,18 +36,16 @@ class ReadAhead:
         self.always: Shards = {}
         for windows in held_out:
             self.always |= _shards(windows, 0, len(windows))
-        self.wanted: Shards = {}  # by the next steps
+        self.wanted: Shards = {}  # by the next steps, and by those before them in the same groups
         self.held: Shards = {}  # of the groups of these, and of those after them
         self.files: dict[tuple[ShardCache, str], Future[FileIO]] = {}
+        self.settled = [(0, 0)] * len(sources)  # the places of each source's order that ask for nothing new
 
-    def check_room(self, most: int) -> None:
-        """Refuse a cache that is too small for what is held at a time.
+    def lack_of_room(self, most: int) -> str | None:
+        """Why the cache is too small for what is held at a time, or None.
 
         Args:
             most: windows of each source that are asked for at a time.
-
-        Raises:
-            UserError: the cache is too small.
         """
         need = _bytes(self.always)
         for windows, order, _ in self.sources:
@@ -56,37 +55,46 @@ class ReadAhead:
             held = [size for size, _ in groups[:3]] + [size for size, (a, b) in groups[3:] if b - a <= most]
             need += min(sum(held), _bytes(_shards(windows, 0, len(windows))))
         limits = [windows.cache.limit for windows, *_ in self.sources if windows.cache]
-        if limits and need > limits[0]:
-            raise UserError(
-                f"shard_cache_gb={limits[0] / 1e9:g}: three groups of shards and the validation split take up to "
-                f"{need / 1e9:.3g} GB: give as much, or a smaller shard_group"
-            )
+        if not limits or need <= limits[0]:
+            return None
+        return (
+            f"shard_cache_gb={limits[0] / 1e9:g}: three groups of shards and the validation split take up to "
+            f"{need / 1e9:.3g} GB: give as much, or a smaller shard_group"
+        )
 
     def want(self, places: Sequence[tuple[int, int]]) -> bool:
-        """Ask for the shards of the windows at these places of each source's order, and no others until they are here.
+        """Ask for the shards of the windows at these places of each source's order, and of some after them.
 
-        The rest of their groups, and the groups after them, are fetched when it is called again.
+        No others are fetched until they are here: the rest of their groups, and the groups after them, when it is
+        called again.
 
         Returns:
             Whether `wait` has to be called, as some of them were not wanted before. All ranks get the same.
         """
-        wanted, held = dict(self.always), dict(self.always)
+        if all(low <= place and stop <= high for (low, high), (place, stop) in zip(self.settled, places, strict=True)):
+            return False
+        wanted, held, settled = dict(self.always), dict(self.always), []
         for (windows, order, total), (place, stop) in zip(self.sources, places, strict=True):
-            if windows.cache is None:
-                continue
-            wanted |= _shards_of(windows, order.windows(place, stop))
-            while place < total:
+            low, high = 0, total  # the places between which nothing changes
+            while windows.cache and place < total:
                 _, group, begin = order.group_at(place)
                 ends = order.bounds[group], order.bounds[group + 1]
-                held |= _shards(windows, *ends)
+                end, shards = begin + ends[1] - ends[0], _shards(windows, *ends)
+                held |= shards
                 if begin >= stop:
+                    high = min(high, begin)
                     break
-                place = begin + ends[1] - ends[0]
+                seen = min(stop + MORE * (stop - place), end)
+                wanted |= {key: None for key in shards if key in self.wanted}
+                wanted |= _shards_of(windows, order.windows(place, seen))
+                low, high, place = max(low, begin), min(high, seen), end
+            settled.append((low, high))
         new = [key for key in wanted if key not in self.wanted]
         if [*held] != [*self.held]:  # in another group, also where a pass ends with that with which the next begins
             for key in self.files.keys() - (self.held | held).keys():
                 self.files.pop(key).add_done_callback(_close)
         self.wanted, self.held = wanted, held
+        self.settled = [(0, 0)] * len(places) if new else settled
         for key in new or held:
             if key not in self.files or (new and _failed(self.files[key])):
                 self.files[key] = _in_thread(*key)
@@ -111,7 +119,7 @@ class ReadAhead:
         """Hold nothing any more."""
         while self.files:
             self.files.popitem()[1].add_done_callback(_close)
-        self.wanted, self.held = {}, {}
+        self.wanted, self.held, self.settled = {}, {}, [(0, 0)] * len(self.sources)
 
 
 def _shards(windows: TokenWindows, first: int, stop: int) -> Shards:
@@ -130,7 +138,10 @@ def _shards_of(windows: TokenWindows, numbers: list[int]) -> Shards:
     firsts = np.array(numbers, dtype=np.int64)[:, None] * windows.block_size
     ends = np.searchsorted(windows.starts, firsts + [0, windows.block_size], side="right")
     shards = windows.manifest.splits[windows.split].shards
-    read = (shard for begin, end in np.unique(ends, axis=0).tolist() for shard in shards[begin - 1 : end])
+    # Each pair as one number, for `np.unique` takes many times as long for rows.
+    base = len(windows.starts) + 1
+    pairs = (divmod(pair, base) for pair in np.unique(ends @ [base, 1]).tolist())
+    read = (shard for begin, end in pairs for shard in shards[begin - 1 : end])
     return {(windows.cache, shard.name): None for shard in read}
 
 

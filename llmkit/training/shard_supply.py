@@ -37,7 +37,8 @@ class ShardSupply(ExactTrainer):
             sources = list(zip(_sources(self.train_dataset), self.sampler.orders, drawn, strict=True))
             self.supply = ReadAhead(sources, _sources(self.eval_dataset))
             places = self._places(step_of(resume_from_checkpoint) if resume_from_checkpoint else 0)
-            self.supply.check_room(max(stop - start for start, stop in places))
+            if problem := self._first_problem(self.supply.lack_of_room(max(stop - start for start, stop in places))):
+                raise UserError(problem)
         self.stop_on_request.problem = self.supply.problem
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)

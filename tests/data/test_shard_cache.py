@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import re
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from llmkit.data import fetching
+from llmkit.data import fetching, read_ahead
 from llmkit.data.arguments import DataArguments
 from llmkit.data.fetching import Unreachable
 from llmkit.data.manifest import Manifest
@@ -255,7 +256,13 @@ def test_the_next_group_is_fetched_while_one_is_at_work(server):
     ahead.close()
 
 
-def test_what_the_next_steps_read_comes_first_and_alone(server):
+@pytest.fixture
+def no_more(monkeypatch):
+    """No windows are looked at but those that are asked for. A test's shards have too few for others."""
+    monkeypatch.setattr(read_ahead, "MORE", 0)
+
+
+def test_what_the_next_steps_read_comes_first_and_alone(server, no_more):
     """Of a group of one shard that is this shard: the others cannot keep a resumed run from its step."""
     windows, held_out = (TokenWindows(server.url, split, BLOCK, 1) for split in ("train", "validation"))
     order = windows.order(1)
@@ -274,19 +281,43 @@ def test_what_the_next_steps_read_comes_first_and_alone(server):
     ahead.close()
 
 
-def test_windows_are_read_from_the_shards_that_are_wanted_for_them(server):
+def test_windows_are_read_from_the_shards_that_are_wanted_for_them(server, no_more):
     """Also those of which a window has its last target alone, and those that are shorter than a window."""
     for block_size in (BLOCK, 700, 2100):
         windows = TokenWindows(server.url, "train", block_size, 3)
         order, tokens = windows.order(1), [range(a, b) for a, b in itertools.pairwise(windows.starts)]
-        ahead = ReadAhead([(windows, order, len(windows))], [])
         for place in range(0, len(windows), 5):
+            ahead = ReadAhead([(windows, order, len(windows))], [])
             numbers = order.windows(place, min(place + 2, len(windows)))
             read = {n * block_size + offset for n in numbers for offset in range(block_size + 1)}
             ahead.want([(place, place + len(numbers))])
             expected = {f"train_{number:05d}.bin" for number, of in enumerate(tokens) if read & set(of)}
             assert {name for _, name in ahead.wanted} == expected
-        ahead.close()
+            ahead.close()
+
+
+@pytest.mark.parametrize("batch", [1, 4, 23])
+def test_every_shard_is_wanted_before_its_windows_are_read(server, batch):
+    """Step by step through two passes, also with steps that lie across several groups, and with one that reads
+    nothing."""
+    windows = TokenWindows(server.url, "train", BLOCK, 2)
+    order, tokens = windows.order(1), [range(a, b) for a, b in itertools.pairwise(windows.starts)]
+    total = 2 * len(windows)
+    ahead = ReadAhead([(windows, order, total)], [])
+    for place in range(0, total, batch):
+        for stop in (place, min(place + batch, total)):
+            if ahead.want([(place, stop)]):
+                while not ahead.wait():
+                    assert ahead.problem() is None
+        read = {n * BLOCK + offset for n in order.windows(place, stop) for offset in range(BLOCK + 1)}
+        expected = {f"train_{number:05d}.bin" for number, of in enumerate(tokens) if read & set(of)}
+        here = {name for (_, name), file in ahead.files.items() if file.done()}
+        assert expected <= {name for _, name in ahead.wanted} & here
+        held, (_, group, begin) = {name for _, name in ahead.held}, order.group_at(place)
+        assert names_of_group(windows, group) <= held, "the rest of the group is fetched as well"
+        if (after := begin + order.bounds[group + 1] - order.bounds[group]) < total:
+            assert names_of_group(windows, order.group_at(after)[1]) <= held, "and the group after it"
+    ahead.close()
 
 
 def test_a_failed_read_ahead_is_made_good_when_the_shard_is_wanted(server, monkeypatch):
@@ -314,11 +345,11 @@ def test_a_cache_that_cannot_hold_three_groups_is_refused(many_shards, server):
     whole = sizes(many_shards[0])
     for group, gb in ((1, 2 * max(whole) / 1e9), (4, sum(whole[:9]) / 1e9)):
         windows, held_out = (TokenWindows(server.url, split, BLOCK, group, gb) for split in ("train", "validation"))
-        with pytest.raises(UserError, match="shard_cache_gb=.*three groups of shards and the validation split"):
-            ReadAhead([(windows, windows.order(1), 9)], [held_out]).check_room(8)
+        lack = ReadAhead([(windows, windows.order(1), 9)], [held_out]).lack_of_room(8)
+        assert re.match("shard_cache_gb=.*three groups of shards and the validation split", lack)
     enough = 2 * sum(split.tokens for split in many_shards[0].splits.values()) / 1e9
     windows, held_out = (TokenWindows(server.url, split, BLOCK, 1, enough) for split in ("train", "validation"))
-    ReadAhead([(windows, windows.order(1), 9)], [held_out]).check_room(8)
+    assert ReadAhead([(windows, windows.order(1), 9)], [held_out]).lack_of_room(8) is None
     assert not server.asked(".bin")
 
 
