@@ -11,9 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
-import fsspec
-
-from llmkit.data.files import reading
+from llmkit.data.files import file_system, reading
 from llmkit.data.manifest import MANIFEST, Manifest, load_manifest, parse_manifest
 from llmkit.data.shards import full_disk_is_user_error, working_alone
 from llmkit.errors import UserError
@@ -80,10 +78,7 @@ class RemotePlace:
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.url)
-        except (ImportError, ValueError) as error:  # a file system that is not installed, or does not exist
-            raise UserError(f"{url}: {error}") from error
+        self.fs, self.root = file_system(self.url)
         self.name = PurePosixPath(self.root).name
         with reading(self.url, "written"):
             self.fs.invalidate_cache()
@@ -118,7 +113,7 @@ class RemotePlace:
 
     def read(self, name: str) -> bytes:
         with reading(self.url):
-            return self.fs.cat_file(self._path(name))
+            return self.fs.cat_file(self._path(name))  # pyrefly: ignore[bad-return]  bytes, of one path
 
     def write(self, name: str, data: bytes) -> None:
         """Under another name first, so that nobody reads half of it."""
