@@ -30,6 +30,7 @@ VOCAB_MULTIPLE = 128
 # Whether the weight is copied to be padded. On a CPU the products are as fast where only the rows of the logits are
 # padded, so that each begins at such a multiple.
 PADS_WEIGHT = {"cpu": False}
+GRADIENT_ROWS = 2**13  # of the weight's gradient on a CPU, a part in bfloat16 before it is added to the sum
 ROW_MULTIPLE = 128  # on GPUs: chunks of 64 x 1,024 rows would be 2,622
 
 
@@ -64,6 +65,25 @@ def _loss_and_gradient(logits, targets, vocab_size: int, needs_grad: bool) -> to
     return nats
 
 
+def _add_gradient(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Add the weight's gradient by some rows to its sum.
+
+    Args:
+        total: (vocab_size, n_embd), float32 whatever the products' dtype is.
+        grad: by the logits, (rows, vocab_size or more: what is padding there is left out).
+        hidden: (rows, n_embd).
+    """
+    if grad.dtype == torch.float32:
+        # Without a second tensor of the weight's size: on a CPU a fifth faster as well.
+        total.addmm_(grad[:, : len(total)].t(), hidden)
+    elif grad.shape[1] > len(total) or total.device.type != "cpu":
+        total += (grad.t() @ hidden)[: len(total)]
+    else:
+        # A part at a time, which is as fast on a CPU and leaves out most of that tensor.
+        for part, columns in zip(total.split(GRADIENT_ROWS), grad.split(GRADIENT_ROWS, dim=1), strict=True):
+            part += columns.t() @ hidden
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of cross_entropy(hidden @ weight.T + bias, targets), in nats, and its gradients with it."""
 
@@ -79,7 +99,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weight = F.pad(weight, (0, 0, 0, padding))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        # Summed over chunks, so in float32 whatever the products' dtype is.
         sums = {"dtype": torch.float32, "device": hidden.device}
         grad_weight = torch.zeros(vocab_size, hidden.shape[1], **sums) if needs_weight else None
         grad_bias = torch.zeros(vocab_size, **sums) if needs_bias else None
@@ -102,11 +121,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad = logits[:, : weight.shape[0]]
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
-            if grad_weight is not None and dtype == torch.float32:
-                # Without a second tensor of the weight's size: on a CPU a fifth faster as well.
-                grad_weight.addmm_(grad[:, :vocab_size].t(), hidden_chunk)
-            elif grad_weight is not None:
-                grad_weight += (grad.t() @ hidden_chunk)[:vocab_size]
+            if grad_weight is not None:
+                _add_gradient(grad_weight, grad, hidden_chunk)
             if grad_bias is not None:
                 grad_bias += grad.sum(dim=0, dtype=torch.float32)[:vocab_size]
             del logits, grad, part  # the next chunk's takes its place, not a place beside it
