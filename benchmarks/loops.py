@@ -146,17 +146,18 @@ def trainer_settings(shape: argparse.Namespace, folder: str) -> dict:
 # ------------------------------------------------------------------ loops
 
 
-def make_llmkit_trainer(shape: argparse.Namespace, folder: str) -> PretrainTrainer:
+def make_llmkit_trainer(shape: argparse.Namespace, folder: str, **given) -> PretrainTrainer:
     windows = random_windows(shape, folder)
-    args = PretrainArguments(**trainer_settings(shape, folder), total_batch_tokens=shape.batch_size * shape.block_size)
+    given["total_batch_tokens"] = shape.batch_size * shape.block_size
+    args = PretrainArguments(**trainer_settings(shape, folder), **given)
     set_up(args)  # as a recipe does
     model = GPT2LMHeadModel(GPT2Config(**model_sizes(shape)))
     return PretrainTrainer(model, args, windows, windows, processing_class=train_character_tokenizer(["abc"]))
 
 
-def llmkit(shape: argparse.Namespace) -> Callable[[], float]:
+def llmkit(shape: argparse.Namespace, **given) -> Callable[[], float]:
     folder = tempfile.TemporaryDirectory()
-    trainer, clock = make_llmkit_trainer(shape, folder.name), Clock(shape.steps)
+    trainer, clock = make_llmkit_trainer(shape, folder.name, **given), Clock(shape.steps)
     trainer.add_callback(clock)
 
     def train() -> float:
@@ -297,6 +298,7 @@ def _rounded_up(number: int, multiple: int) -> int:
 
 LOOPS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
     "llmkit": llmkit,
+    "llmkit, 8-bit Adam": lambda shape: llmkit(shape, optim="adamw_bnb_8bit"),
     "stock": stock,
     "stock, dropout 0.1": lambda shape: stock(shape, dropout=0.1),
     "bare loop": bare,

@@ -13,11 +13,13 @@ prepare --executor local` runs in a process of its own with a BPE of 4,096 token
 end, with imports and the merge; `tasks` from the start of the first task to the end of the last one, as datatrove's
 logs tell. `memory` is the peak of the largest process, libraries included: the largest worker, or with one worker the
 command itself, where the tasks then run. No worker may reach 2,000 MB. `of N times one` is the rate of N tasks at a
-time beside N times the rate of one, round by round.
+time beside N times the rate of one, round by round. `encoding alone` is the same of N processes that do nothing but
+make tokens of one file's text in memory: what the machine itself gives to N processes that share nothing else.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
 import re
 import statistics
@@ -28,14 +30,13 @@ import time
 from datetime import datetime
 from pathlib import Path
 
+from llmkit.data.encoding import fastest_encoder
 from llmkit.data.sample_data import stdlib_sources
-from llmkit.data.tokenizer import train_bpe_tokenizer
+from llmkit.data.tokenizer import load_tokenizer, train_bpe_tokenizer
 from measuring import cpu_name
 
 TIME = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3}")
-
-
-ROW = 4000  # characters of a row in an array
+ROW = 4000  # characters of a row in an array, and of a text that is encoded alone
 
 
 def write_text(folder: Path, files: int, megabytes: float, one_line: bool, array: bool) -> None:
@@ -96,6 +97,33 @@ def measure(options: argparse.Namespace, text: Path, tokenizer: Path, workers: i
         return tokens, seconds, seconds_of_tasks(output / "logs/tasks/logs"), int(done.stdout) / 1e3
 
 
+def encode_alone(tokenizer: Path, file: Path, barrier, seconds) -> None:
+    """In a process of its own: puts into `seconds` what the tokens of a file take, from its text in memory."""
+    encode, _ = fastest_encoder(load_tokenizer(str(tokenizer)))
+    text = file.read_text()
+    rows = [text[start : start + ROW] for start in range(0, len(text), ROW)]
+    encode(rows[:100])
+    barrier.wait()
+    begun = time.perf_counter()
+    for start in range(0, len(rows), 100):
+        encode(rows[start : start + 100])
+    seconds.put(time.perf_counter() - begun)
+
+
+def seconds_alone(tokenizer: Path, file: Path, processes: int) -> float:
+    """Of the slowest of so many processes at a time."""
+    spawned = multiprocessing.get_context("spawn")
+    barrier, seconds = spawned.Barrier(processes), spawned.Queue()
+    given = tokenizer, file, barrier, seconds
+    started = [spawned.Process(target=encode_alone, args=given) for _ in range(processes)]
+    for process in started:
+        process.start()
+    slowest = max(seconds.get() for _ in started)
+    for process in started:
+        process.join()
+    return slowest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=8)
@@ -114,18 +142,25 @@ def main() -> None:
         write_text(text, options.files, options.megabytes, options.one_line, options.array)
         sources = (path.read_text(encoding="utf-8", errors="replace") for path in stdlib_sources())
         train_bpe_tokenizer(sources, 4096).save_pretrained(tokenizer)
-        rounds = [
-            {workers: measure(options, text, tokenizer, workers) for workers in options.workers}
-            for _ in range(options.rounds)
-        ]
-    print("workers       tokens  seconds    tasks  tokens/s of the tasks  memory MB  of N times one")
+        first = min(text.iterdir())
+        rounds, alone = [], []
+        for _ in range(options.rounds):
+            rounds.append({workers: measure(options, text, tokenizer, workers) for workers in options.workers})
+            alone.append({workers: seconds_alone(tokenizer, first, workers) for workers in options.workers})
+    print(
+        "workers       tokens  seconds    tasks  tokens/s of the tasks  memory MB    of N times one    encoding alone"
+    )
     for workers in options.workers:
         tokens, seconds, tasks, memory = map(statistics.median, zip(*(each[workers] for each in rounds), strict=True))
         row = f"{workers:>7} {tokens:>12,} {seconds:>8.1f} {tasks:>8.1f} {tokens / tasks:>22,.0f} {memory:>10,.0f}"
         if workers > 1 and 1 in options.workers:
-            worth = [each[1][2] / each[workers][2] / workers for each in rounds]
-            row += f"  {statistics.median(worth):>6.2f} ({min(worth):.2f}..{max(worth):.2f})"
+            row += spread([each[1][2] / each[workers][2] / workers for each in rounds])
+            row += spread([each[1] / each[workers] for each in alone])  # each process has a whole file
         print(row, flush=True)
+
+
+def spread(worth: list[float]) -> str:
+    return f"  {statistics.median(worth):>5.2f} ({min(worth):.2f}..{max(worth):.2f})"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@
     python benchmarks/training_step.py --nanogpt ~/nanoGPT --build-nanogpt ~/build-nanogpt
 
     llmkit               the model in PretrainTrainer, batches from shards
+    llmkit, 8-bit Adam   the same with `optim: adamw_bnb_8bit`
     stock                transformers' GPT2LMHeadModel in Trainer, dropout 0
     stock, dropout 0.1   the same with its default dropout, as one who does not ask gets it
     bare loop            llmkit's model without a Trainer
@@ -23,6 +24,7 @@ the compiling, unless it is found in torch's cache of earlier runs.
 """
 
 import argparse
+import importlib.util
 import time
 
 from loops import LOOPS, WARMUP_STEPS, add_shape_options, describe, parse_shape
@@ -51,8 +53,9 @@ def main() -> None:
         report(measure(options))
         return
     missing = {"nanoGPT": not options.nanogpt, "build-nanogpt": not options.build_nanogpt}
+    missing["llmkit, 8-bit Adam"] = importlib.util.find_spec("bitsandbytes") is None
     if options.peers and (without := [peer for peer in options.peers if missing.get(peer)]):
-        parser.error(f"{without[0]} needs its checkout: --nanogpt DIR, --build-nanogpt DIR")
+        parser.error(f"{without[0]} needs what is not here: --nanogpt DIR, --build-nanogpt DIR, or bitsandbytes")
     peers = options.peers or [peer for peer in LOOPS if not missing.get(peer)]
     print(f"{describe(options)}; {options.rounds} rounds of {options.steps} steps\n{machine()}")
     figures = {"tokens/s": ",.0f", "memory MB": ",.0f"} | ({"before s": ",.1f"} if options.compile else {})
