@@ -11,6 +11,7 @@ import torch
 from llmkit.data.arguments import DataArguments
 from llmkit.model.arguments import ModelArguments
 from llmkit.training.arguments import PretrainArguments
+from llmkit.training.optimizers import MatrixMuon
 
 ROOT = Path(__file__).parents[1]
 TINY = {"block_size": 16, "n_layer": 1, "n_head": 2, "n_embd": 16, "total_batch_tokens": 64}
@@ -32,6 +33,19 @@ def test_without_tricks_a_step_is_torchs_muon():
     TriedMuon([ours], 1e-2, 0.1, Tricks(), 1).step()
     torch.optim.Muon([theirs], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-7)
+
+
+def test_with_what_has_won_a_step_is_llmkits():
+    from benchmarks.speedrun.tricks import Tricks, TriedMuon
+
+    torch.manual_seed(0)
+    for shape, parts in (((16, 48), 3), ((16, 64), 1)):
+        matrix, gradient = torch.randn(shape), torch.randn(shape)
+        ours, tried = torch.nn.Parameter(matrix.clone()), torch.nn.Parameter(matrix.clone())
+        ours.grad = tried.grad = gradient
+        TriedMuon([tried], 1e-2, 0.1, Tricks(split_qkv=True), 1).step()
+        MatrixMuon([ours], [parts], torch.bfloat16, lr=1e-2, weight_decay=0.1).step()
+        torch.testing.assert_close(ours, tried, rtol=0, atol=1e-7)
 
 
 def test_tricks_change_the_step():

@@ -6,6 +6,9 @@ which gives it the root mean square of AdamW's usual step (Liu et al. 2025, Moon
 keep their usual size, and the scale does not ask which side of a matrix is the input's. (The original one,
 sqrt(out / in), does, and GPT-2's weights are stored the other way round than `nn.Linear`'s.)
 
+GPT-2 stores the weights of query, key and value side by side as c_attn. They are three matrices, and each is
+orthogonalised by itself. benchmarks/speedrun has what this gains.
+
     attention and MLP matrices    Muon, muon_learning_rate, with weight decay
     token and position embeddings AdamW, learning_rate, with weight decay
     LayerNorms and biases         AdamW, learning_rate, without
@@ -15,7 +18,7 @@ LayerNorms and biases, as nanoGPT has it.
 """
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -106,47 +109,54 @@ def orthogonalize(
 
 
 class MatrixMuon(Muon):
-    """torch's Muon, whose iteration is computed in a dtype that the device is fast at.
+    """torch's Muon, computed in a dtype that the device is fast at, on parameters in which several matrices may lie.
 
     Args:
-        dtype: bfloat16 gives torch's own step, bit for bit.
+        parameters: the weights, (in, out).
+        parts: of each, how many matrices of one size lie side by side in it.
+        dtype: of the iteration; bfloat16 gives torch's own step, bit for bit.
         how: of torch's Muon.
     """
 
-    def __init__(self, params, dtype: torch.dtype, **how):
-        super().__init__(params, adjust_lr_fn="match_rms_adamw", **how)
-        self.dtype = dtype
+    def __init__(self, parameters: Sequence[nn.Parameter], parts: Sequence[int], dtype: torch.dtype, **how):
+        super().__init__([{"params": parameters, "name": MUON}], adjust_lr_fn="match_rms_adamw", **how)
+        self.parts, self.dtype = parts, dtype
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         assert closure is None, "Trainer has none"
-        for group in self.param_groups:
-            parameters: list[torch.Tensor] = []
-            gradients: list[torch.Tensor] = []
-            momenta: list[torch.Tensor] = []
-            # private: Muon's own step begins with it
-            self._init_group(group, parameters, gradients, momenta)
-            for gradient, momentum in zip(gradients, momenta, strict=True):
-                momentum.lerp_(gradient, 1 - group["momentum"])
-            at_once = self.at_once(parameters)
-            for start in range(0, len(parameters), at_once):
-                some = slice(start, start + at_once)
-                updates = [
-                    gradient.lerp(momentum, group["momentum"])  # Nesterov's
-                    for gradient, momentum in zip(gradients[some], momenta[some], strict=True)
-                ]
-                for parameter, update in zip(parameters[some], self.orthogonal(updates, group), strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    rate = _adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
-                    parameter.add_(update, alpha=-rate)
+        (group,) = self.param_groups
+        parameters: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        momenta: list[torch.Tensor] = []
+        # private: Muon's own step begins with it
+        self._init_group(group, parameters, gradients, momenta)
+        assert len(parameters) == len(self.parts), "a step gives each matrix a gradient"
+        for gradient, momentum in zip(gradients, momenta, strict=True):
+            momentum.lerp_(gradient, 1 - group["momentum"])
+        at_once = self.at_once(parameters)
+        for start in range(0, len(parameters), at_once):
+            some = slice(start, start + at_once)
+            updates = [
+                gradient.lerp(momentum, group["momentum"])  # Nesterov's
+                for gradient, momentum in zip(gradients[some], momenta[some], strict=True)
+            ]
+            steps = self.orthogonal(updates, self.parts[some], group)
+            for parameter, parts, step in zip(parameters[some], self.parts[some], steps, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                shape = torch.Size((parameter.size(0), parameter.size(1) // parts))
+                parameter.add_(step, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], shape))
 
     def at_once(self, parameters: list[torch.Tensor]) -> int:
         """How many matrices `orthogonal` is given at a time."""
         return 1
 
-    def orthogonal(self, updates: list[torch.Tensor], group: dict) -> list[torch.Tensor]:
-        coefficients = [group["ns_coefficients"]] * group["ns_steps"]
-        return [orthogonalize(update, coefficients, self.dtype, group["eps"]) for update in updates]
+    def orthogonal(self, updates: list[torch.Tensor], parts: Sequence[int], group: dict) -> list[torch.Tensor]:
+        how = [group["ns_coefficients"]] * group["ns_steps"], self.dtype, group["eps"]
+        return [
+            torch.cat([orthogonalize(part, *how) for part in update.chunk(number, dim=1)], dim=1)
+            for update, number in zip(updates, parts, strict=True)
+        ]
 
 
 class ShardedMuon(MatrixMuon):
@@ -159,20 +169,18 @@ class ShardedMuon(MatrixMuon):
 
     # pyrefly: ignore[bad-override]  the tensors are DTensors, here and below
     def at_once(self, parameters: list[DTensor]) -> int:
-        if not parameters:
-            return 1
         mesh = parameters[0].device_mesh
         assert mesh.ndim == 1, "parallelism_config is refused"
         return mesh.size()
 
     # pyrefly: ignore[bad-override]
-    def orthogonal(self, updates: list[DTensor], group: dict) -> list[torch.Tensor]:
+    def orthogonal(self, updates: list[DTensor], parts: Sequence[int], group: dict) -> list[torch.Tensor]:
         mesh = updates[0].device_mesh
         whole = [update.full_tensor() for update in updates]
         rank = mesh.get_local_rank()
         found = [torch.empty_like(each, dtype=self.dtype) for each in whole]
         if rank < len(whole):
-            (found[rank],) = super().orthogonal([whole[rank]], group)
+            (found[rank],) = super().orthogonal([whole[rank]], [parts[rank]], group)
         return [
             distribute_tensor(each.contiguous(), mesh, update.placements, src_data_rank=owner)
             for owner, (update, each) in enumerate(zip(updates, found, strict=True))
@@ -215,10 +223,11 @@ def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[
     """
     assert args.muon_learning_rate is not None, "set with the arguments"
     hidden = {id(p) for p in model.get_submodule("transformer.h").parameters() if p.ndim == 2}
-    matrices, with_decay, without_decay = [], [], []
+    matrices, parts, with_decay, without_decay = [], [], [], []
     for name, parameter in model.named_parameters():
         if id(parameter) in hidden:
             matrices.append(parameter)
+            parts.append(3 if name.endswith("attn.c_attn.weight") else 1)
         else:
             (with_decay if name in decayed else without_decay).append(parameter)
     adamw = AdamW(
@@ -230,7 +239,8 @@ def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[
     )
     sharded = is_fully_sharded(args)  # the matrices are sharded after this, within the same groups
     muon = (ShardedMuon if sharded else MatrixMuon)(
-        [{"params": matrices, "name": MUON}],
+        matrices,
+        parts,
         torch.bfloat16 if has_bf16 else torch.float32,
         lr=args.muon_learning_rate,
         weight_decay=args.weight_decay,

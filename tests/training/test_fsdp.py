@@ -56,7 +56,7 @@ def difference_of_muons() -> float:
     """By how much a sharded matrix differs from a whole one after three steps, relative to its largest number."""
     dist.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2,))
-    how = {"dtype": torch.float32, "lr": 0.1, "weight_decay": 0.1}
+    how = {"parts": [1, 3, 1, 1, 1], "dtype": torch.float32, "lr": 0.1, "weight_decay": 0.1}
     torch.manual_seed(0)
     shapes = [(48, 16), (16, 48), (7, 5), (1, 6), (32, 32)]  # of five, the last is alone in its round
     plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]

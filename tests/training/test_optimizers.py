@@ -57,7 +57,7 @@ def test_a_step_is_muons_and_adamws():
         [p for p in m.parameters() if not any(p is q for q in mine)]
         for m, mine in zip((model, twin), matrices, strict=True)
     ]
-    ours = {"lr": 3e-2, "dtype": torch.bfloat16}
+    ours = {"lr": 3e-2, "dtype": torch.bfloat16, "parts": [1] * len(matrices[0])}
     both = MuonWithAdamW(AdamW(others[0], lr=1e-2, fused=True), MatrixMuon(matrices[0], **ours))
     torchs = torch.optim.Muon(matrices[1], lr=3e-2, adjust_lr_fn="match_rms_adamw")
     apart = [AdamW(others[1], lr=1e-2, fused=True), torchs]
@@ -80,11 +80,11 @@ def test_a_step_is_muons_and_adamws():
     assert set(both.state) == set(model.parameters())
 
 
-def one_step(matrix: torch.Tensor, gradient: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def one_step(matrix: torch.Tensor, gradient: torch.Tensor, dtype: torch.dtype, parts: int = 1) -> torch.Tensor:
     """Of MatrixMuon at a rate of 0.01, without the weight decay."""
     parameter = torch.nn.Parameter(matrix.clone())
     parameter.grad = gradient.clone()
-    MatrixMuon([parameter], dtype, lr=1e-2, weight_decay=0.1).step()
+    MatrixMuon([parameter], [parts], dtype, lr=1e-2, weight_decay=0.1).step()
     return parameter.detach() - matrix * (1 - 1e-2 * 0.1)
 
 
@@ -100,6 +100,23 @@ def test_the_update_does_not_ask_for_the_orientation(shape, dtype, rounding):
     assert 0.1 < step.square().mean().sqrt() / 1e-2 < 0.3, (
         "about the root mean square of AdamW's step, 0.2 of the rate"
     )
+
+
+def test_query_key_and_value_are_matrices_of_their_own(data, tmp_path):
+    """Each third of c_attn takes the step that torch's Muon takes with it alone; no other weight has parts."""
+    torch.manual_seed(0)
+    matrix, gradient = torch.randn(16, 48), torch.randn(16, 48)
+    thirds = [torch.nn.Parameter(third.contiguous()) for third in matrix.chunk(3, dim=1)]
+    for third, its_gradient in zip(thirds, gradient.chunk(3, dim=1), strict=True):
+        third.grad = its_gradient.contiguous()
+    torch.optim.Muon(thirds, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw").step()
+    expected = torch.cat([third.detach() for third in thirds], dim=1) - matrix * (1 - 1e-2 * 0.1)
+    assert torch.equal(one_step(matrix, gradient, torch.bfloat16, parts=3), expected)
+    run = trainer(data, tmp_path, **MUON)
+    names = {id(p): name for name, p in run.model.named_parameters()}
+    muon = run.create_optimizer().muon
+    of_three = [names[id(p)] for p, n in zip(muon.param_groups[0]["params"], muon.parts, strict=True) if n == 3]
+    assert of_three == [f"transformer.h.{n}.attn.c_attn.weight" for n in (0, 1)] and set(muon.parts) == {1, 3}
 
 
 def test_the_iteration_is_in_float32_where_bfloat16_is_slow(data, tmp_path, monkeypatch):
