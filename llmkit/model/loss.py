@@ -76,12 +76,13 @@ def _add_gradient(total: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor)
     if grad.dtype == torch.float32:
         # Without a second tensor of the weight's size: on a CPU a fifth faster as well.
         total.addmm_(grad[:, : len(total)].t(), hidden)
-    elif grad.shape[1] > len(total) or total.device.type != "cpu":
-        total += (grad.t() @ hidden)[: len(total)]
-    else:
-        # A part at a time, which is as fast on a CPU and leaves out most of that tensor.
+    elif total.device.type == "cpu" and not torch.compiler.is_compiling():
+        # A part at a time, which is as fast here and leaves out most of that tensor.
+        grad = grad[:, : len(total)]
         for part, columns in zip(total.split(GRADIENT_ROWS), grad.split(GRADIENT_ROWS, dim=1), strict=True):
             part += columns.t() @ hidden
+    else:
+        total += (grad.t() @ hidden)[: len(total)]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
