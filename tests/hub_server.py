@@ -57,8 +57,8 @@ class Repo:
 @dataclass
 class Hub:
     address: str = ""
-    repos: dict[str, Repo] = field(default_factory=dict)
-    datasets: set[str] = field(default_factory=set)
+    repos: dict[str, Repo] = field(default_factory=dict)  # models by name, datasets as "datasets/" and the name
+    datasets: set[str] = field(default_factory=set)  # the names of datasets that exist, and are asked for nothing else
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS, by SHA-256
     failures: list[Failure] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -148,6 +148,8 @@ class Handler(BaseHTTPRequestHandler):
                 return self.validate(json.loads(body)["content"])
             case "POST", ["api", "repos", "create"]:
                 return self.create(json.loads(body))
+            case _, ["api", "datasets", namespace, name, *rest] if f"datasets/{namespace}/{name}" in self.hub.repos:
+                return self.model(f"datasets/{namespace}/{name}", rest, body)
             case "GET", ["api", "datasets", *name]:
                 if "/".join(name) not in self.hub.datasets:
                     raise HubError(404, "Repository not found", "RepoNotFound")
@@ -201,12 +203,15 @@ class Handler(BaseHTTPRequestHandler):
                 ]
                 return {"branches": refs, "converts": [], "tags": []}
             case "GET", ["tree", revision, *folder]:
-                if folder:
-                    raise HubError(404, "no folders here", "EntryNotFound")
-                return [
+                above = "".join(f"{part}/" for part in folder)
+                found = [
                     {"type": "file", "path": path, "size": len(content), "oid": _git_oid(content)}
                     for path, content in self.at(repo, revision).items()
+                    if path.startswith(above)
                 ]
+                if folder and not found:
+                    raise HubError(404, "no such folder", "EntryNotFound")
+                return found
             case "POST", ["branch", *name]:
                 self.check_writer()
                 if "/".join(name) in repo.branches:

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from hub_server import Repo, hub_of_this_process
 from llmkit.data import fetching, read_ahead
 from llmkit.data.arguments import DataArguments
 from llmkit.data.fetching import Unreachable
@@ -59,6 +60,29 @@ def test_other_file_systems(many_shards, server):
     expected = TokenWindows(many_shards[0], "train", BLOCK)[7]["input_ids"]
     for url in ("memory://some", many_shards[0].directory.as_uri()):
         assert torch.equal(TokenWindows(url, "train", BLOCK)[7]["input_ids"], expected)
+
+
+def test_shards_of_the_hub(many_shards, tmp_path, monkeypatch):
+    """Through the Hub's own file system, at a branch as well."""
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path / "home"))
+    folder = many_shards[0].directory
+    many_shards[1].save_pretrained(tmp_path / "tokenizer")
+    files = {f"shards/{path.name}": path.read_bytes() for path in folder.glob("*.*")}
+    files |= {f"shards/tokenizer/{path.name}": path.read_bytes() for path in (tmp_path / "tokenizer").iterdir()}
+    with hub_of_this_process(tmp_path) as hub:
+        with pytest.raises(
+            UserError, match="hf://datasets/me/other/manifest.json cannot be fetched: there is no such"
+        ):
+            prepare_windows(DataArguments(data_dir="hf://datasets/me/other"), BLOCK)
+        repo = hub.repos["datasets/me/corpus"] = Repo()
+        repo.branches["v1"] = repo.commit("main", files, "shards")
+        for place in ("datasets/me/corpus", "datasets/me/corpus@v1"):
+            tokenizer, *there = prepare_windows(DataArguments(data_dir=f"hf://{place}/shards"), BLOCK)
+            assert tokenizer.get_vocab() == many_shards[1].get_vocab()
+            for windows in there:
+                here = TokenWindows(many_shards[0], windows.split, BLOCK)
+                for index in range(0, len(here), 7):
+                    assert torch.equal(windows[index]["input_ids"], here[index]["input_ids"])
 
 
 @pytest.mark.parametrize("failure", [500, 503, "reset", "short", "wrong", "stall"])
