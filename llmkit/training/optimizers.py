@@ -131,6 +131,8 @@ class MatrixMuon(Muon):
         momenta: list[torch.Tensor] = []
         # private: Muon's own step begins with it
         self._init_group(group, parameters, gradients, momenta)
+        if not parameters:  # a step that is left out, as one with a loss that is not finite
+            return
         assert len(parameters) == len(self.parts), "a step gives each matrix a gradient"
         for gradient, momentum in zip(gradients, momenta, strict=True):
             momentum.lerp_(gradient, 1 - group["momentum"])
