@@ -58,7 +58,6 @@ class Repo:
 class Hub:
     address: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)  # models by name, datasets as "datasets/" and the name
-    datasets: set[str] = field(default_factory=set)  # the names of datasets that exist, and are asked for nothing else
     objects: dict[str, bytes] = field(default_factory=dict)  # LFS, by SHA-256
     failures: list[Failure] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
@@ -148,12 +147,10 @@ class Handler(BaseHTTPRequestHandler):
                 return self.validate(json.loads(body)["content"])
             case "POST", ["api", "repos", "create"]:
                 return self.create(json.loads(body))
-            case _, ["api", "datasets", namespace, name, *rest] if f"datasets/{namespace}/{name}" in self.hub.repos:
+            case "GET", ["api", "datasets", name]:
+                return self.info(f"datasets/{name}", "main")
+            case _, ["api", "datasets", namespace, name, *rest]:
                 return self.model(f"datasets/{namespace}/{name}", rest, body)
-            case "GET", ["api", "datasets", *name]:
-                if "/".join(name) not in self.hub.datasets:
-                    raise HubError(404, "Repository not found", "RepoNotFound")
-                return {"_id": "0", "id": "/".join(name), "private": False, "sha": "0" * 40, "tags": []}
             case _, ["api", "models", namespace, name, *rest]:
                 return self.model(f"{namespace}/{name}", rest, body)
             case "POST", [namespace, name, "info", "lfs", "objects", "batch"]:

@@ -39,7 +39,7 @@ class ReadAhead:
         self.wanted: Shards = {}  # by the next steps, and by those before them in the same groups
         self.held: Shards = {}  # of the groups of these, and of those after them
         self.files: dict[tuple[ShardCache, str], Future[FileIO]] = {}
-        self.settled = [(0, 0)] * len(sources)  # the places of each source's order that ask for nothing new
+        self.settled: list[tuple[int, int]] = []  # the places of each source's order that ask for nothing new, if any
 
     def lack_of_room(self, most: int) -> str | None:
         """Why the cache is too small for what is held at a time, or None.
@@ -71,7 +71,9 @@ class ReadAhead:
         Returns:
             Whether `wait` has to be called, as some of them were not wanted before. All ranks get the same.
         """
-        if all(low <= place and stop <= high for (low, high), (place, stop) in zip(self.settled, places, strict=True)):
+        if self.settled and all(
+            low <= place and stop <= high for (low, high), (place, stop) in zip(self.settled, places, strict=True)
+        ):
             return False
         wanted, held, settled = dict(self.always), dict(self.always), []
         for (windows, order, total), (place, stop) in zip(self.sources, places, strict=True):
@@ -94,7 +96,7 @@ class ReadAhead:
             for key in self.files.keys() - (self.held | held).keys():
                 self.files.pop(key).add_done_callback(_close)
         self.wanted, self.held = wanted, held
-        self.settled = [(0, 0)] * len(places) if new else settled
+        self.settled = [] if new else settled
         for key in new or held:
             if key not in self.files or (new and _failed(self.files[key])):
                 self.files[key] = _in_thread(*key)
@@ -119,7 +121,7 @@ class ReadAhead:
         """Hold nothing any more."""
         while self.files:
             self.files.popitem()[1].add_done_callback(_close)
-        self.wanted, self.held, self.settled = {}, {}, [(0, 0)] * len(self.sources)
+        self.wanted, self.held, self.settled = {}, {}, []
 
 
 def _shards(windows: TokenWindows, first: int, stop: int) -> Shards:
