@@ -5,7 +5,7 @@
 llmkit trains in bfloat16, and Muon iterates in it, where the processor multiplies it in hardware
 (`llmkit.machine.bf16_is_fast`, which the second line of the table's head tells). Each measurement is a process of its
 own. `3 x 128` are tokens/s of the quickstart's model, `6 x 384` of a larger one, both with AdamW. `Muon 128` and
-`Muon 384` are the milliseconds that the iteration takes for the four matrices of a layer of that width.
+`Muon 384` are the milliseconds that the iteration takes for the six matrices of a layer of that width.
 """
 
 import argparse
@@ -35,8 +35,8 @@ def training(shape: dict[str, int], steps: int, bf16: bool) -> float:
 
 def iteration(width: int, dtype: torch.dtype) -> float:
     """Milliseconds for the matrices of a layer: the best of three."""
-    matrices = [torch.randn(width, columns * width, device=DEVICE) for columns in (3, 1, 4)]
-    matrices.append(torch.randn(4 * width, width, device=DEVICE))
+    shapes = [(width, width)] * 4 + [(width, 4 * width), (4 * width, width)]  # query, key, value and projection; MLP
+    matrices = [torch.randn(shape, device=DEVICE) for shape in shapes]
     best = float("inf")
     for _ in range(4):  # the first one finds its kernels
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The speedrun compares one change at a time: without tricks a run is llmkit's own, and a trick does what it says."""
+"""The speedrun compares one change at a time: without tricks a run is its baseline, and a trick does what it says."""
 
 import dataclasses
 import sys

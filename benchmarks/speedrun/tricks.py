@@ -29,11 +29,11 @@ POLAR_EXPRESS = (
 
 @dataclass(frozen=True)
 class Tricks:
-    """One run's; the defaults are what llmkit does.
+    """One run's; the defaults are what llmkit did when the speedrun began.
 
     Attributes:
         coefficients: of each iteration that orthogonalises.
-        split_qkv: orthogonalise the query's, the key's and the value's part of c_attn each by itself.
+        split_qkv: orthogonalise the query's, the key's and the value's part of c_attn each by itself. llmkit does now.
         normalized: divide each row's part of a step, along the longer side, by its root mean square, and keep the size
             of the whole step. The mean square is a running one with this weight of the past: 0.95 is NorMuon (Li et
             al. 2025, as the speedruns of GPT-2 have it), 0 takes the step's own alone, which needs no state.
@@ -189,7 +189,7 @@ class TriedTrainer(PretrainTrainer):
 
 
 def create_optimizer(model: nn.Module, args, tricks: Tricks) -> MuonWithAdamW:
-    """`llmkit.training.optimizers.create_muon`, with the tricks."""
+    """As `llmkit.training.optimizers.create_muon`, with the tricks."""
     matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     groups = [
         ([model.transformer.wte.weight], tricks.token_rate, tricks.decay_embeddings),
