@@ -1,7 +1,8 @@
 """The fields of a recipe's dataclasses as their source files state them, read without importing anything.
 
 Importing TrainingArguments takes five seconds, for torch, peft and bitsandbytes come with it. Its fields stand in the
-installed source file, so a recipe can be checked against them, and their help be shown, in a tenth of a second.
+installed source file, so a recipe can be checked against them, and their help be shown, in a tenth of a second. The
+parser itself is one file of transformers, and importing the package around it takes most of a second.
 """
 
 import ast
@@ -11,6 +12,7 @@ import importlib.util
 import typing
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 # What `from PACKAGE import NAME` means where the package finds its names lazily.
 LAZY = {
@@ -77,6 +79,15 @@ def written_dataclass(dotted: str) -> type:
             field = dataclasses.field(default=value, metadata=written.metadata)
         fields.append((written.name, written.type, field))
     return dataclasses.make_dataclass(dotted.rpartition(".")[2], fields)
+
+
+def module_alone(module: str) -> ModuleType:
+    """A module that imports nothing of its own package, without the package's `__init__`."""
+    spec = importlib.util.spec_from_file_location(module.rpartition(".")[2], _source(module))
+    assert spec and spec.loader, "a source file"
+    alone = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(alone)
+    return alone
 
 
 @cache

@@ -4,12 +4,17 @@ import argparse
 import difflib
 import json
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
 
 from llmkit.errors import UserError
+from llmkit.recipe_fields import module_alone
+
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
+else:
+    HfArgumentParser = module_alone("transformers.hf_argparser").HfArgumentParser
 
 # Fields of TrainingArguments that hold a secret: `ps` shows command lines, and wandb and the run's log keep them.
 SECRETS = ("hub_token",)

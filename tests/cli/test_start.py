@@ -11,7 +11,18 @@ from llmkit import cli
 from llmkit.recipe_kinds import LIGHT
 
 ROOT = Path(__file__).parents[2]
-HEAVY = {"torch", "accelerate", "peft", "bitsandbytes", "trl", "datasets", "pyarrow", "tokenizers", "matplotlib"}
+HEAVY = {
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "trl",
+    "datasets",
+    "pyarrow",
+    "tokenizers",
+    "matplotlib",
+}
 
 
 def answer(*argv: str) -> tuple[subprocess.CompletedProcess, set[str]]:
@@ -137,7 +148,7 @@ TUNING = {"peft", "bitsandbytes", "trl"}
         ([dotted.rpartition(".")[0] for dotted in LIGHT], HEAVY),
         (["llmkit.runs.report", "llmkit.runs.report.index"], HEAVY),
         (["llmkit.data.corpus"], HEAVY),
-        (["llmkit.data.tokenizer", "llmkit.data.token_view"], HEAVY - {"torch", "tokenizers"}),
+        (["llmkit.data.tokenizer", "llmkit.data.token_view"], HEAVY - {"torch", "transformers", "tokenizers"}),
         (["llmkit.inference.generation", "llmkit.inference.chat"], TUNING | {"datasets", "matplotlib"}),
         (["llmkit.evaluation.held_out", "llmkit.evaluation.hellaswag"], TUNING | {"datasets", "matplotlib"}),
         (["llmkit.sharing.hub"], TUNING | {"datasets", "matplotlib"}),
