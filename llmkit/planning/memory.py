@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode  # private: the documented way to see every operation
 from torch.utils._pytree import tree_iter  # private: what dispatch modes walk their outputs with
 
+from llmkit.errors import UserError
 from llmkit.model import loss
 
 MEASURED = 10.0  # seconds of steps, at least, that a pace is measured over
@@ -128,15 +129,24 @@ def step_memory(step: Step, *, device_type: str, autocast: torch.dtype | None) -
     Args:
         device_type: "cpu" or "cuda", which decides how large the chunks of the loss are.
         autocast: the dtype of products, or None for that of the weights.
+
+    Raises:
+        UserError: the optimizer looks at values, which fake tensors do not have.
     """
     live = LiveBytes()
     with _chunks_of(device_type), FakeTensorMode(), live:
         model = step.build()
-        optimizer = step.create_optimizer(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # makes its state, as the first step of a run does
+        try:
+            optimizer = step.create_optimizer(model)
+            optimizer.step()  # makes its state, as the first step of a run does
+        except RuntimeError as error:
+            raise UserError(
+                "the memory of this optim cannot be planned, for it takes no step on tensors without content "
+                f"({type(error).__name__}): plan with optim: adamw_torch_fused, whose moments are 8 bytes a parameter"
+            ) from error
         if not step.accumulate:
             optimizer.zero_grad()
         live.peak, live.of_loss = live.now, 0
