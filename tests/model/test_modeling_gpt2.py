@@ -4,16 +4,26 @@ import math
 import resource
 import subprocess
 import sys
+import weakref
 
 import accelerate
 import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import StaticCache
 
 from llmkit import GPT2Config, GPT2LMHeadModel
+from llmkit.model import modeling_gpt2
 from ranks import on_ranks
+
+
+@pytest.fixture(params=["narrow", "wide"])
+def width(request, monkeypatch) -> None:
+    """What the width decides, for models that are narrow both times."""
+    if request.param == "wide":
+        monkeypatch.setattr(modeling_gpt2, "RECOMPUTE_FROM", 0)
 
 
 @pytest.fixture
@@ -46,6 +56,7 @@ def test_parameters_are_stock(ours, stock):
     assert stock.config.n_ctx == stock.config.n_positions == 64  # llama.cpp's converter reads n_ctx
 
 
+@pytest.mark.usefixtures("width")
 @pytest.mark.parametrize("masked", [False, True])
 def test_loss_and_gradients_equal_stock(ours, stock, masked):
     ids = tokens(3, 29)
@@ -210,6 +221,7 @@ def test_packed_documents_do_not_see_each_other(ours, use_cache):
         torch.testing.assert_close(packed[:, 9:], ours(b).logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("width")
 def test_activation_checkpointing_changes_nothing(ours):
     ids = tokens(2, 20)
     ours.train()
@@ -220,6 +232,25 @@ def test_activation_checkpointing_changes_nothing(ours):
     ours(ids, labels=ids).loss.backward()
     for name, p in ours.named_parameters():
         torch.testing.assert_close(p.grad, expected[name], msg=name)
+
+
+def test_a_wide_model_keeps_one_tensor_of_its_mlp_a_layer(tiny_config, monkeypatch):
+    def run(recompute_from: int) -> tuple[int, int]:
+        """How many results of the activation function are alive before backward, and the FLOPs of a step."""
+        monkeypatch.setattr(modeling_gpt2, "RECOMPUTE_FROM", recompute_from)
+        model = GPT2LMHeadModel(GPT2Config(**tiny_config)).train()
+        results = []
+        for block in model.transformer.h:
+            block.mlp.act.register_forward_hook(lambda _, __, result: results.append(weakref.ref(result)))
+        with FlopCounterMode(display=False) as counter:
+            loss = model(tokens(2, 20), labels=tokens(2, 20)).loss
+            alive = sum(result() is not None for result in results)
+            loss.backward()
+        return alive, counter.get_total_flops()
+
+    (kept, products), (not_kept, the_same) = run(10**6), run(0)
+    assert (kept, not_kept) == (tiny_config["n_layer"], 0)
+    assert products == the_same
 
 
 @pytest.mark.slow
