@@ -298,7 +298,8 @@ def _rounded_up(number: int, multiple: int) -> int:
 
 LOOPS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
     "llmkit": llmkit,
-    "llmkit, 8-bit Adam": lambda shape: llmkit(shape, optim="adamw_bnb_8bit"),
+    "adamw_bnb_8bit": lambda shape: llmkit(shape, optim="adamw_bnb_8bit"),
+    "adamw_torch_8bit": lambda shape: llmkit(shape, optim="adamw_torch_8bit"),
     "stock": stock,
     "stock, dropout 0.1": lambda shape: stock(shape, dropout=0.1),
     "bare loop": bare,

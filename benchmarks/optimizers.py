@@ -1,8 +1,8 @@
 """Optimizers, schedules or any other settings of a recipe beside each other, at equal tokens, over several seeds.
 
     python benchmarks/optimizers.py --results sweep.jsonl --jobs 2 --threads 1 --seeds 0 1 2 \\
-        --setting "optim=adamw_torch_fused learning_rate=3e-3,5e-3,1e-2" \\
-        --setting "optim=muon learning_rate=5e-3 muon_learning_rate=1e-2,2e-2"
+        --setting "max_steps=600 optim=adamw_torch_fused learning_rate=3e-3,5e-3,1e-2 muon_learning_rate=null" \\
+        --setting "max_steps=600 optim=muon learning_rate=5e-3 muon_learning_rate=1e-2,2e-2"
 
 A setting is fields of the recipe; several values with commas between them are all tried, in all combinations. Each
 run is recipes/pretrain.py in a process of its own, by default the quickstart's model on the embedded corpus. What a

@@ -6,7 +6,8 @@
     python benchmarks/training_step.py --nanogpt ~/nanoGPT --build-nanogpt ~/build-nanogpt
 
     llmkit               the model in PretrainTrainer, batches from shards
-    llmkit, 8-bit Adam   the same with `optim: adamw_bnb_8bit`
+    adamw_bnb_8bit       the same with this `optim`, which is bitsandbytes' AdamW with moments of 8 bits
+    adamw_torch_8bit     the same with this `optim`, which is torchao's
     stock                transformers' GPT2LMHeadModel in Trainer, dropout 0
     stock, dropout 0.1   the same with its default dropout, as one who does not ask gets it
     bare loop            llmkit's model without a Trainer
@@ -29,6 +30,8 @@ import time
 
 from loops import LOOPS, WARMUP_STEPS, add_shape_options, describe, parse_shape
 from measuring import PeakMemory, add_options, machine, print_table, report, take_turns
+
+EIGHT_BIT = {"adamw_bnb_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao"}
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -53,9 +56,11 @@ def main() -> None:
         report(measure(options))
         return
     missing = {"nanoGPT": not options.nanogpt, "build-nanogpt": not options.build_nanogpt}
-    missing["llmkit, 8-bit Adam"] = importlib.util.find_spec("bitsandbytes") is None
+    missing |= {peer: importlib.util.find_spec(package) is None for peer, package in EIGHT_BIT.items()}
     if options.peers and (without := [peer for peer in options.peers if missing.get(peer)]):
-        parser.error(f"{without[0]} needs what is not here: --nanogpt DIR, --build-nanogpt DIR, or bitsandbytes")
+        parser.error(
+            f"{without[0]} needs what is not here: --nanogpt DIR, --build-nanogpt DIR, bitsandbytes or torchao"
+        )
     peers = options.peers or [peer for peer in LOOPS if not missing.get(peer)]
     print(f"{describe(options)}; {options.rounds} rounds of {options.steps} steps\n{machine()}")
     figures = {"tokens/s": ",.0f", "memory MB": ",.0f"} | ({"before s": ",.1f"} if options.compile else {})

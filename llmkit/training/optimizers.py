@@ -61,7 +61,9 @@ class OptimizerArguments(ArgumentsMixin):
         if wanted != MUON:
             if self.muon_learning_rate is not None:
                 name = OptimizerNames(self.optim).value
-                raise UserError(f"muon_learning_rate is for optim: muon, not {name}: leave it out")
+                raise UserError(
+                    f"muon_learning_rate is for optim: muon, not {name}: leave it out, or clear a recipe's with null"
+                )
             return
         self.optim = MUON
         if self.muon_learning_rate is None:

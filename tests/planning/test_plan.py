@@ -147,7 +147,7 @@ def test_sharding_is_not_proposed_where_it_is_refused(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["--gpus", "0"], "gpus=0"),
-        (["--optim=adamw_bnb_8bit"], "plan with optim: adamw_torch_fused"),
+        (["--optim=adamw_bnb_8bit", "--muon_learning_rate=null"], "plan with optim: adamw_torch_fused"),
         (["--mfu", "1.5"], "mfu=1.5"),
         (["--dollars_per_hour", "nan"], "dollars_per_hour=nan"),
         (["--measure", "--gpu", "H200"], "leave out --gpu"),
