@@ -3,14 +3,14 @@
     python benchmarks/time_to_loss.py --nanogpt ~/nanoGPT --text tinyshakespeare.txt
 
 nanoGPT runs as its README says for a computer without a GPU: `data/shakespeare_char/prepare.py`, then `train.py` with
-4 layers, 4 heads, 128 wide, 64 characters of context, batches of 12, 2,000 steps. llmkit runs `accelerate launch
-recipes/pretrain.py --config recipes/pretrain_characters.yaml`, a model of the same size. Both learn characters, and
-hold out the last tenth of the text.
+4 layers, 4 heads, 128 wide, 64 characters of context, batches of 12, 2,000 steps. llmkit runs `llmkit train
+pretrain_characters`, a model of the same size, and like nanoGPT without a launcher. Both learn characters, and hold out
+the last tenth of the text.
 
 Seconds go from the first command to the end of the last: start-up, tokenizer, evaluations and checkpoints included.
 The loss is that of the saved model on the whole of the last tenth, in nats per character, measured in the same way for
 both: windows of 64 characters one after another. Each round has another seed. Further arguments go to llmkit's recipe,
-as in `--max_steps 500`.
+as in `--max_steps 240`.
 """
 
 import argparse
@@ -67,8 +67,7 @@ def run_llmkit(options: argparse.Namespace, work: Path) -> dict[str, float]:
     from llmkit import GPT2LMHeadModel
 
     output = work / "run"
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml"]
-    command += ["recipes/pretrain.py", "--config", "recipes/pretrain_characters.yaml", "--text_files", options.text]
+    command = [sys.executable, "-m", "llmkit", "train", "pretrain_characters", "--text_files", options.text]
     command += ["--output_dir", output, "--data_dir", work / "data", "--seed", 1337 + options.turn, *options.further]
     start = time.perf_counter()
     _run(command, ROOT)
