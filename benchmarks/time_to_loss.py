@@ -4,8 +4,8 @@
 
 nanoGPT runs as its README says for a computer without a GPU: `data/shakespeare_char/prepare.py`, then `train.py` with
 4 layers, 4 heads, 128 wide, 64 characters of context, batches of 12, 2,000 steps. llmkit runs `llmkit train
-pretrain_characters`, a model of the same size, and like nanoGPT without a launcher. Both learn characters, and hold out
-the last tenth of the text.
+pretrain_characters`, a model of the same size, without a launcher as well. Both learn characters, and hold out the
+last tenth of the text.
 
 Seconds go from the first command to the end of the last: start-up, tokenizer, evaluations and checkpoints included.
 The loss is that of the saved model on the whole of the last tenth, in nats per character, measured in the same way for
