@@ -37,9 +37,8 @@ def test_the_124m_run_on_eight_gpus(capsys):
 
 def test_what_does_not_fit_is_said_with_what_would_help(capsys):
     gpu, recipe = ("--gpu", "L4", "--gpus"), str(RECIPES / "pretrain_gpt2_124m.yaml")
-    assert (
-        "activation_checkpointing" in plan(capsys, *gpu, "4", recipe, "--per_device_train_batch_size", "128")["fits"]
-    )
+    large = ("--per_device_train_batch_size", "128")
+    assert "activation_checkpointing" in plan(capsys, *gpu, "4", recipe, *large)["fits"]
     # 1.6 billion parameters in two layers: 26 GB with gradients and moments, of which an L4 has room for an eighth
     shape = ("--preset", "null", "--n_layer", "2", "--n_head", "64", "--n_embd", "8192", "--block_size", "64")
     batch = ("--total_batch_tokens", "512", "--per_device_train_batch_size", "1")
