@@ -150,7 +150,7 @@ def step_memory(step: Step, *, device_type: str, autocast: torch.dtype | None) -
         if not step.accumulate:
             optimizer.zero_grad()
         live.peak, live.of_loss = live.now, 0
-        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        with torch.autocast("cpu", autocast, enabled=autocast is not None, cache_enabled=False):
             value = step.loss_of(model)
         value.backward()
         del value

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import AutocastKwargs
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -81,6 +82,9 @@ class ExactTrainer(WholeCheckpoints):
             callbacks.append(Samples(processing_class, prompts, length, context, log, stop, add_special_tokens))
         with lost_ranks_told(args):  # TRL's trainers let ranks wait for each other while they prepare their rows
             super().__init__(model, args=args, processing_class=processing_class, callbacks=callbacks, **others)
+        # Its cache of converted weights is for weights that a forward pass uses twice. Here none is, and it would hold
+        # all copies until the end of the pass, also those that the backward pass makes again.
+        self.accelerator.autocast_handler = AutocastKwargs(cache_enabled=False)
         self.record, self.throughput = record, throughput
         self.evaluated_step = -1
         self.eval_sums: list[torch.Tensor] = []

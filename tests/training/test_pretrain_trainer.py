@@ -71,6 +71,19 @@ def test_first_loss_is_the_models(data, tmp_path):
     assert losses(run)[0] == pytest.approx(math.log(300), abs=0.2)
 
 
+def test_converted_weights_are_not_held_for_a_second_use(data, tmp_path):
+    """autocast would keep a bfloat16 copy of each weight until the end of the forward pass."""
+    run = trainer(data, tmp_path, max_steps=1, bf16=True)
+    seen = set()
+
+    def look(*_) -> None:
+        seen.add((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+
+    run.model.transformer.register_forward_hook(look)
+    run.train()
+    assert seen == {(True, False)}
+
+
 def test_resumed_run_ends_with_the_same_bits(data, tmp_path):
     how = {"save_strategy": "steps", "save_steps": 4, "max_steps": 10, "per_device_train_batch_size": 4}
     whole = trainer(data, tmp_path / "whole", **how)
