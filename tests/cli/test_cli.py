@@ -268,6 +268,15 @@ def run(error: BaseException, capsys) -> tuple[int, str]:
     return raised.value.code, capsys.readouterr().err
 
 
+def test_the_end_does_not_look_at_all_objects_again():
+    """Python's last search for garbage takes 1.5 seconds where torch and transformers were imported."""
+    script = "import atexit, gc; atexit.register(lambda: print(gc.get_freeze_count(), len(gc.get_objects())))\n"
+    script += "from llmkit.errors import exit_on_user_error\nexit_on_user_error(lambda: None)()\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    out_of_sight, looked_at = map(int, done.stdout.split())
+    assert out_of_sight > 1000 > looked_at
+
+
 def test_a_user_error_is_one_line_and_status_2(capsys):
     assert run(UserError("a.txt: is\n  empty"), capsys) == (2, "error: a.txt: is empty\n")
 
