@@ -103,7 +103,7 @@ class TriedMuon(Muon):
         is_c_attn = gradient.size(1) == 3 * gradient.size(0)
         parts = gradient.chunk(3, dim=1) if self.tricks.split_qkv and is_c_attn else [gradient]
         found = [
-            orthogonalize(part, self.tricks.coefficients, torch.bfloat16, eps=1e-7).float()
+            orthogonalize(part.unsqueeze(0), self.tricks.coefficients, torch.bfloat16, eps=1e-7).squeeze(0).float()
             * 0.2
             * max(part.shape) ** 0.5
             for part in parts

@@ -102,6 +102,28 @@ def test_the_update_does_not_ask_for_the_orientation(shape, dtype, rounding):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_step_does_not_ask_how_many_matrices_are_computed_together(dtype, monkeypatch):
+    """The matrices of three layers at once, some at a time, and each by itself."""
+    torch.manual_seed(0)
+    shapes = [(16, 48), (16, 16), (16, 64), (64, 16)] * 3
+    matrices, gradients = [torch.randn(shape) for shape in shapes], [torch.randn(shape) for shape in shapes]
+    found = []
+    for at_once in (2**22, 2 * 64 * 16, 1):
+        monkeypatch.setattr("llmkit.training.optimizers.AT_ONCE", at_once)
+        parameters = [torch.nn.Parameter(matrix.clone()) for matrix in matrices]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimizer = MatrixMuon(parameters, [3, 1, 1, 1] * 3, dtype)
+        found.append((len(list(optimizer.rounds(parameters))), parameters))
+        optimizer.step()
+    assert [rounds for rounds, _ in found] == [1, 5, 12]
+    for _, parameters in found[1:]:
+        for together, apart, matrix in zip(found[0][1], parameters, matrices, strict=True):
+            assert not torch.equal(together, matrix)
+            torch.testing.assert_close(together, apart)
+
+
 def test_query_key_and_value_are_matrices_of_their_own(data, tmp_path):
     """Each third of c_attn takes the step that torch's Muon takes with it alone; no other weight has parts."""
     torch.manual_seed(0)
