@@ -7,7 +7,6 @@ through its data loader.
 
 import argparse
 import ast
-import contextlib
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from llmkit.data.tokenizer import train_character_tokenizer
 from llmkit.data.windows import TokenWindows
 from llmkit.files import checksum
 from llmkit.machine import set_up, set_up_cpu
+from llmkit.model import modeling_gpt2
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.pretrain_trainer import PretrainTrainer
 from measuring import forget_peak, synchronize, use_threads
@@ -155,6 +155,12 @@ def make_llmkit_trainer(shape: argparse.Namespace, folder: str, **given) -> Pret
     return PretrainTrainer(model, args, windows, windows, processing_class=train_character_tokenizer(["abc"]))
 
 
+def recomputing(shape: argparse.Namespace, from_width: int) -> Callable[[], float]:
+    """llmkit, but from this width on MLPs compute the activation function again in the backward pass."""
+    modeling_gpt2.RECOMPUTE_FROM = from_width
+    return llmkit(shape)
+
+
 def llmkit(shape: argparse.Namespace, **given) -> Callable[[], float]:
     folder = tempfile.TemporaryDirectory()
     trainer, clock = make_llmkit_trainer(shape, folder.name, **given), Clock(shape.steps)
@@ -209,7 +215,7 @@ def bare_step(model: GPT2LMHeadModel, shape: argparse.Namespace) -> Callable[[to
     run = torch.compile(model) if shape.compile else model
 
     def step(ids: torch.Tensor, targets: torch.Tensor) -> None:
-        with autocast(shape):
+        with autocast(shape, cache_enabled=False):  # as llmkit's trainers have it
             loss = run(input_ids=ids, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -279,9 +285,9 @@ def definitions(path: Path, **names) -> types.ModuleType:
     return module
 
 
-def autocast(shape: argparse.Namespace) -> contextlib.AbstractContextManager:
+def autocast(shape: argparse.Namespace, cache_enabled: bool = True) -> torch.autocast:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, torch.bfloat16) if shape.bf16 else contextlib.nullcontext()
+    return torch.autocast(device, torch.bfloat16, enabled=shape.bf16, cache_enabled=cache_enabled)
 
 
 def _seconds(step: Callable, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -298,6 +304,8 @@ def _rounded_up(number: int, multiple: int) -> int:
 
 LOOPS: dict[str, Callable[[argparse.Namespace], Callable[[], float]]] = {
     "llmkit": llmkit,
+    "recompute never": lambda shape: recomputing(shape, sys.maxsize),
+    "recompute always": lambda shape: recomputing(shape, 0),
     "adamw_bnb_8bit": lambda shape: llmkit(shape, optim="adamw_bnb_8bit"),
     "adamw_torch_8bit": lambda shape: llmkit(shape, optim="adamw_torch_8bit"),
     "stock": stock,

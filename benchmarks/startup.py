@@ -1,10 +1,12 @@
-"""From launch to the first step, and from resuming to the next one, by the size of the data and the position in it.
+"""From launch to the first step, from resuming to the next one, and to the answer where nothing is to be trained.
 
     python benchmarks/startup.py
     python benchmarks/startup.py --sizes_mb 1 10000 --positions 1000 1000000
 
 Everything goes through the real `accelerate launch recipes/pretrain.py`, with a model of no size. Seconds go from the
-command to the line of its first step. `imports` is the command with `--help`, which imports the same and does nothing.
+command to the line of its first step. `imports` are those that a run needs, in a process that does nothing else; what
+`accelerate launch` itself imports comes on top of them. `generate --help` and `a mistake`, a wrong value given to
+`llmkit train`, are answered without these imports.
 The shards are what the recipe makes of a little text, and then more files of zeros, sparse, of 100 million tokens each
 with the manifest to match. A resumed run has the checkpoint of a run of two steps with its position set ahead, so that
 nobody has to train a million steps first.
@@ -42,6 +44,15 @@ def recipe(work: Path, output: str, max_steps: int, *more: str) -> list[str]:
 def launch() -> list[str]:
     config = ["--config_file", "accelerate_configs/cpu.yaml"]
     return [sys.executable, "-m", "accelerate.commands.launch", *config, "recipes/pretrain.py"]
+
+
+# The commands that end without a step, and their status.
+LLMKIT = [sys.executable, "-m", "llmkit"]
+ANSWERS = {
+    "imports": ([sys.executable, "-c", "import llmkit.training.pretrain_trainer"], 0),
+    "generate --help": ([*LLMKIT, "generate", "--help"], 0),
+    "a mistake": ([*LLMKIT, "train", "pretrain_quickstart", "--max_steps", "none"], 2),
+}
 
 
 def prepare(work: Path, positions: list[int]) -> None:
@@ -82,8 +93,8 @@ def grow(data: Path, megabytes: float) -> None:
     path.write_text(json.dumps(manifest))
 
 
-def seconds_to(text: str | None, command: list[str]) -> float:
-    """Wall time until a line of the output has the text, or until the command ends."""
+def seconds_to(text: str | None, command: list[str], status: int = 0) -> float:
+    """Wall time until a line of the output has the text, or until the command ends, with this status."""
     start = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         lines = []
@@ -93,14 +104,14 @@ def seconds_to(text: str | None, command: list[str]) -> float:
                 found = time.perf_counter() - start
                 process.communicate()
                 return found
-    if text is not None or process.returncode:
+    if text is not None or process.returncode != status:
         sys.exit("".join(lines))
     return time.perf_counter() - start
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
-    if options.peer == "imports":
-        return {"seconds": seconds_to(None, [*launch(), "--help"])}
+    if options.peer in ANSWERS:
+        return {"seconds": seconds_to(None, *ANSWERS[options.peer])}
     work = Path(options.work)
     what, _, rest = options.peer.partition(", ")
     megabytes = float(rest.split(" MB")[0].replace(",", ""))
@@ -129,7 +140,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         prepare(Path(work), options.positions)
         sys.argv += ["--work", work]
-        peers = ["imports"]
+        peers = [*ANSWERS]
         for size in options.sizes_mb:
             peers.append(f"fresh, {size:,.0f} MB")
             peers += [f"resumed at {position:_}, {size:,.0f} MB" for position in options.positions]

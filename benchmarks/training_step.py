@@ -6,16 +6,20 @@
     python benchmarks/training_step.py --nanogpt ~/nanoGPT --build-nanogpt ~/build-nanogpt
 
     llmkit               the model in PretrainTrainer, batches from shards
-    adamw_bnb_8bit       the same with this `optim`, which is bitsandbytes' AdamW with moments of 8 bits
-    adamw_torch_8bit     the same with this `optim`, which is torchao's
+    recompute never      the same, but no MLP computes its activation function again in the backward pass
+    recompute always     the same, but every MLP does; llmkit's do at a width of 256 and more
+    adamw_bnb_8bit       llmkit with this `optim`, which is bitsandbytes' AdamW with moments of 8 bits
+    adamw_torch_8bit     likewise torchao's
     stock                transformers' GPT2LMHeadModel in Trainer, dropout 0
     stock, dropout 0.1   the same with its default dropout, as one who does not ask gets it
     bare loop            llmkit's model without a Trainer
     nanoGPT              karpathy/nanoGPT's model, optimizer and loop, from the checkout given
     build-nanogpt        karpathy/build-nanogpt's, likewise
 
-All train random tokens at the same sizes with AdamW and clipping. The last two have no half of a checkpoint, log or
-scheduler here, only their steps, on batches that are in memory; they pad the vocabulary, as they do.
+The rows with another setting of llmkit are measured where `--peers` names them.
+
+All train random tokens at the same sizes with AdamW and clipping. Of the last two only the steps run here, without
+checkpoints, log or scheduler, on batches that are in memory; they pad the vocabulary, as their own scripts do.
 
 Each measurement is a process of its own, and they take turns. tokens/s and memory are those of the steps after
 the first two. Memory is by how much the process (on a GPU: what is allocated) was larger at its peak than before the
@@ -32,6 +36,7 @@ from loops import LOOPS, WARMUP_STEPS, add_shape_options, describe, parse_shape
 from measuring import PeakMemory, add_options, machine, print_table, report, take_turns
 
 EIGHT_BIT = {"adamw_bnb_8bit": "bitsandbytes", "adamw_torch_8bit": "torchao"}
+ON_REQUEST = {"recompute never", "recompute always", *EIGHT_BIT}
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -61,7 +66,7 @@ def main() -> None:
         parser.error(
             f"{without[0]} needs what is not here: --nanogpt DIR, --build-nanogpt DIR, bitsandbytes or torchao"
         )
-    peers = options.peers or [peer for peer in LOOPS if not missing.get(peer)]
+    peers = options.peers or [peer for peer in LOOPS if not missing.get(peer) and peer not in ON_REQUEST]
     print(f"{describe(options)}; {options.rounds} rounds of {options.steps} steps\n{machine()}")
     figures = {"tokens/s": ",.0f", "memory MB": ",.0f"} | ({"before s": ",.1f"} if options.compile else {})
     print_table(take_turns(peers, options.rounds), figures)
