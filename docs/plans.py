@@ -68,7 +68,7 @@ def row(name: str, gpu: str | None, gpus: int) -> str:
     memory = found.memory
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     parts |= {"DDP": found.communication, "activations": memory.activations, "loss": memory.loss_chunk}
-    sizes = " + ".join(f"{name} {amount(size)}" for name, size in parts.items() if size)
+    sizes = " + ".join(f"{name} {amount(size)}" for name, size in parts.items() if size >= 5e4)
     unknown = "as many as fit" if found.hours else "known from the data"
     tokens = unknown if found.tokens is None else f"{found.tokens:.2e}"
     if found.tokens and found.sizes.trained == found.sizes.parameters:

@@ -123,6 +123,6 @@ def _doctor(args: argparse.Namespace) -> None:
             continue
         print(f"{finding.name:>16}  {finding.state:7}  {finding.text}", flush=True)
         if finding.fix:
-            print(f"{'':27}to mend it: {finding.fix}")
+            print(f"{'':27}to fix it: {finding.fix}")
     if failed:
         sys.exit(1)

@@ -253,7 +253,9 @@ def hub() -> Iterator[Finding]:
             yield Finding("hub", WARNING, f"{constants.ENDPOINT} answers, and refuses the token that is set", fix)
             return
         text = f"{constants.ENDPOINT} cannot be reached ({' '.join(str(error).split())[:100]})"
-        yield Finding("hub", WARNING, text, "local files work; for the Hub's, look at the network or HF_ENDPOINT")
+        yield Finding(
+            "hub", WARNING, text, "local files still work; to use files of the Hub, check the network or HF_ENDPOINT"
+        )
         return
     if user:
         yield Finding("hub", OK, f"{constants.ENDPOINT} answers, logged in as {user}")

@@ -7,6 +7,7 @@ A 1.5B model takes some seconds on a laptop.
 """
 
 import inspect
+import sys
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # private: the docum
 from torch.utils._pytree import tree_iter  # private: what dispatch modes walk their outputs with
 
 from llmkit.errors import UserError
-from llmkit.model import loss
+from llmkit.model import loss, modeling_gpt2
 
 MEASURED = 10.0  # seconds of steps, at least, that a pace is measured over
 
@@ -123,18 +124,19 @@ class Pace:
     update: float
 
 
-def step_memory(step: Step, *, device_type: str, autocast: torch.dtype | None) -> StepMemory:
+def step_memory(step: Step, *, device_type: str, autocast: torch.dtype | None, compiled: bool = False) -> StepMemory:
     """The memory of an optimizer step when the optimizer has its state.
 
     Args:
         device_type: "cpu" or "cuda", which decides how large the chunks of the loss are.
         autocast: the dtype of products, or None for that of the weights.
+        compiled: whether the run uses torch.compile. The step here does not, but keeps what a compiled one keeps.
 
     Raises:
         UserError: the optimizer looks at values, which fake tensors do not have.
     """
     live = LiveBytes()
-    with _chunks_of(device_type), FakeTensorMode(), live:
+    with _as_planned(device_type, compiled), FakeTensorMode(), live:
         model = step.build()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         for parameter in trained:
@@ -185,7 +187,7 @@ def measured_pace(step: Step, autocast: torch.dtype | None, compiled: bool) -> P
         called: torch.nn.Module = torch.compile(model) if compiled else model  # pyrefly: ignore[bad-assignment]
         for count in range(-2, 1_000_000):
             start = now()
-            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            with torch.autocast(device.type, autocast, enabled=autocast is not None, cache_enabled=False):
                 value = step.loss_of(called)
             value.backward()
             middle = now()
@@ -205,13 +207,18 @@ def _bytes(values: Iterable) -> int:
 
 
 @contextmanager
-def _chunks_of(device_type: str) -> Iterator[None]:
+def _as_planned(device_type: str, compiled: bool) -> Iterator[None]:
     """Take the loss in the chunks of that device, while the tensors say that they are a CPU's.
+
+    Where the run is compiled, no activation function is computed again: torch.compile keeps its input and its output.
 
     Fake tensors stay on the CPU: which attention kernel a GPU would take is decided by code that only a CUDA build of
     PyTorch has. The CPU's flash attention stores the same tensors for its backward pass.
     """
     chunk, softmax, pads = loss.CHUNK_ELEMENTS["cpu"], loss.SOFTMAX_ELEMENTS, loss.PADS_WEIGHT["cpu"]
+    recompute_from = modeling_gpt2.RECOMPUTE_FROM
+    if compiled:
+        modeling_gpt2.RECOMPUTE_FROM = sys.maxsize
     if device_type != "cpu":
         loss.PADS_WEIGHT["cpu"] = True
         loss.CHUNK_ELEMENTS["cpu"] = loss.SOFTMAX_ELEMENTS = loss.CHUNK_ELEMENTS["cuda"]
@@ -219,6 +226,7 @@ def _chunks_of(device_type: str) -> Iterator[None]:
         yield
     finally:
         loss.CHUNK_ELEMENTS["cpu"], loss.SOFTMAX_ELEMENTS, loss.PADS_WEIGHT["cpu"] = chunk, softmax, pads
+        modeling_gpt2.RECOMPUTE_FROM = recompute_from
 
 
 def largest_micro_batch(small: tuple[int, int], large: tuple[int, int], limit: float) -> int:

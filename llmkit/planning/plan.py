@@ -135,11 +135,12 @@ class Plan:
         of, sizes = self.hardware, self.sizes
         named = asdict(self.memory) | {"DDP buckets": self.communication}
         named["the loss's chunk"] = named.pop("loss_chunk")
+        parts = (f"{name} {amount(size)}" for name, size in named.items() if size >= 5e4)
         fits = f"it fits {self.fits}" if self.fits else "it does not fit: take a smaller model or more memory"
         return [
             ("hardware", f"{of.count} x {of.name}, {amount(of.memory)} each"),
             ("step", f"{sizes.micro_batch} x {sizes.row} tokens on each device at a time, {sizes.accumulation} times"),
-            ("memory", " + ".join(f"{name} {amount(size)}" for name, size in named.items() if size)),
+            ("memory", " + ".join(parts)),
             ("", f"= {amount(self.peak)} on each device, {self.peak / of.memory:.0%} of its memory"),
             ("", f"{fits}; the largest micro-batch that fits is {self.largest_micro_batch}"),
         ]
@@ -229,9 +230,11 @@ def _fit(
     # The arguments were resolved for this machine; what is planned for another one is what that one would choose.
     here = torch.bfloat16 if args.bf16 else None
     autocast = here if hardware.device_type == "cpu" else hardware.autocast
+    compiled = hardware.device_type == "cuda" if args.compiles_by_default else bool(args.torch_compile)
 
     def memory(micro_batch: int, checkpointing: bool = bool(args.activation_checkpointing)) -> StepMemory:
-        return step_memory(step(micro_batch, checkpointing), device_type=hardware.device_type, autocast=autocast)
+        planned = step(micro_batch, checkpointing)
+        return step_memory(planned, device_type=hardware.device_type, autocast=autocast, compiled=compiled)
 
     size = sizes.micro_batch
     # A CPU's loss goes in so small chunks that one of more rows would take long to run.
@@ -242,6 +245,12 @@ def _fit(
     small, large = sorted([(size, found.peak + buckets), (other, memory(other).peak + buckets)])
     most = largest_micro_batch(small, large, limit)
     most = min(most, sizes.step_tokens // (sizes.row * hardware.count))  # a whole step
+    # Far from the two sizes the peak may be in another part of the step, where memory grows faster. On a CPU the loss
+    # takes too little for that.
+    if most > large[0] and hardware.device_type == "cuda":
+        reached = memory(most).peak + buckets
+        if reached > limit:
+            most = largest_micro_batch(large, (most, reached), limit)
     ranks = hardware.count if can_shard else 1
     return found, buckets, most, _what_fits(found, lambda: memory(size, True), buckets, limit, ranks)
 

@@ -173,7 +173,7 @@ def gradient_of_parts(make: Make, model: PreTrainedModel, small: Small) -> Verdi
         return ERROR, "it is zero", "the loss does not depend on the weights"
     error = _norm([a - b for a, b in zip(expected, watch.gradient, strict=True)]) / size
     parts = f"{PIECES} micro-batches on {args.world_size} rank(s)"
-    text = f"of one batch in one piece and in {parts}{note}: the difference is {error:.1e} of it"
+    text = f"of one batch in one piece and in {parts}{note}: the relative difference is {error:.1e}"
     fix = "the loss is not divided by the targets of the whole batch: see num_items_in_batch"
     return (OK if error < ROUNDING[args.mixed_precision] else ERROR), text, fix
 
@@ -246,7 +246,7 @@ def pace_is_steady(make: Make, model: PreTrainedModel, small: Small) -> Verdict:
     seconds = watch.seconds[2:]
     median = statistics.median(seconds)
     slow = sorted(seconds)[int(0.9 * len(seconds))] / median
-    text = f"{median:.2g} s a step of one row; 9 of 10 of {len(seconds)} take at most {slow:.2f} times the median"
+    text = f"{median:.2g} s a step of one row; 90% of {len(seconds)} steps take at most {slow:.2f} times the median"
     fix = "something else is at work on this machine, or a GPU is too hot: see nvidia-smi or top"
     return (OK if slow <= STEADY else WARNING), text, fix
 

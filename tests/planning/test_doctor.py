@@ -157,7 +157,7 @@ def test_the_command_ends_with_the_status_of_its_worst_line(capsys, monkeypatch,
     lines = [doctor.Finding("a", doctor.OK, "fine"), doctor.Finding("b", doctor.WARNING, "slow", "buy another")]
     monkeypatch.setattr(doctor, "examine", lambda folder: iter(lines))
     cli.main(["doctor", "--output_dir", str(Path(tmp_path))])
-    assert "to mend it: buy another" in capsys.readouterr().out
+    assert "to fix it: buy another" in capsys.readouterr().out
     lines.append(doctor.Finding("c", doctor.ERROR, "broken"))
     with pytest.raises(SystemExit, match="1"):
         cli.main(["doctor"])

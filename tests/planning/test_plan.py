@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from llmkit import GPT2Config, cli
+from llmkit import GPT2Config, GPT2LMHeadModel, cli
 from llmkit.planning.hardware import Hardware
 from llmkit.training.arguments import PretrainArguments
 from llmkit.training.budget import evaluations, saves
@@ -86,11 +87,46 @@ def test_without_a_pace_the_rest_is_planned(capsys):
 
 def test_a_measured_pace_counts_the_steps(capsys, monkeypatch):
     monkeypatch.setattr("llmkit.planning.memory.MEASURED", 0.1)
+    cached = set()
+    forward = GPT2LMHeadModel.forward
+
+    def watched(*args, **kwargs):
+        cached.add(torch.is_autocast_cache_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", watched)
     shape = ["--n_layer", "1", "--n_embd", "16", "--vocab_size", "300", "--block_size", "16"]
     batch = ["--total_batch_tokens", "64", "--per_device_train_batch_size", "2", "--use_cpu", "true"]
     found = plan(capsys, "--measure", "pretrain_quickstart", *shape, *batch)
     assert found["pace"] == "measured here" and found["accumulation"] == 2
+    assert cached == {False}, "as in training"
     assert found["steps"] == pytest.approx(240 * found["tokens_per_second"] / 64, abs=1)
+
+
+def test_a_gpu_is_planned_as_it_compiles(capsys):
+    recipe = ["--gpu", "H100 HBM3", "pretrain_gpt2_124m", "--n_layer", "2"]
+    compiled, eager = plan(capsys, *recipe), plan(capsys, *recipe, "--torch_compile", "false")
+    of_one = 2 * 64 * 1024 * 4 * 768  # bytes of an activation function's result, in bfloat16
+    more = compiled["memory"]["activations"] - eager["memory"]["activations"]
+    assert more == pytest.approx(2 * of_one, rel=0.2)
+
+
+def test_the_largest_micro_batch_fits(capsys):
+    """With activation checkpointing the peak of small batches is in the loss, and that of large ones in a layer."""
+    recipe = ["--gpu", "L4", "pretrain_gpt2_124m", "--activation_checkpointing", "true"]
+    recipe += ["--n_layer", "2", "--n_embd", "2048", "--n_head", "16"]
+
+    def of(micro_batch: int, micro_batches: int) -> dict:
+        tokens = 1024 * micro_batch * micro_batches
+        return plan(
+            capsys, *recipe, "--per_device_train_batch_size", str(micro_batch), "--total_batch_tokens", str(tokens)
+        )
+
+    largest = of(2, 1024)["largest_micro_batch"]
+    assert 8 < largest < 2048, "not beyond the sizes that were planned, or a whole step"
+    found = of(largest, 1)
+    assert found["fits"] == "as it is"
+    assert sum(found["memory"].values()) > 0.8 * 0.92 * found["hardware"]["memory"]
 
 
 def test_the_shards_of_a_dataset_whose_page_says_its_tokens(capsys):

@@ -38,7 +38,7 @@ def train(n_layer: int, n_embd: int, vocab_size: int, batch_size: int, length: i
     optimizer.step()
 
 
-def predicted(n_layer, n_embd, vocab_size, batch_size, length, device_type="cpu", autocast=None) -> StepMemory:
+def predicted(n_layer, n_embd, vocab_size, batch_size, length, **how) -> StepMemory:
     shape = {"n_layer": n_layer, "n_embd": n_embd, "vocab_size": vocab_size, "n_positions": length}
     config = GPT2Config(**shape, n_head=n_embd // 64, bos_token_id=0, eos_token_id=0)
 
@@ -49,7 +49,7 @@ def predicted(n_layer, n_embd, vocab_size, batch_size, length, device_type="cpu"
     step = Step(
         lambda: GPT2LMHeadModel(config), loss_of, lambda model: torch.optim.AdamW(model.parameters(), fused=True)
     )
-    return step_memory(step, device_type=device_type, autocast=autocast)
+    return step_memory(step, **{"device_type": "cpu", "autocast": None, **how})
 
 
 @pytest.mark.slow
@@ -91,6 +91,34 @@ def test_its_parts_are_those_of_the_parameters():
     assert memory.optimizer == pytest.approx(8 * parameters, rel=0.01)  # two moments, and a step for each parameter
     assert memory.activations > 0 and memory.loss_chunk > 0
     assert memory.peak == sum(vars(memory).values())
+
+
+def test_a_compiled_step_keeps_the_result_of_each_activation_function(monkeypatch):
+    """A compiler makes its own choice of what to keep: here is what it keeps, and what the plan counts."""
+    n_layer, n_embd, vocab_size, batch_size, length = shape = 2, 256, 3072, 4, 96
+    config = GPT2Config(n_layer=n_layer, n_embd=n_embd, vocab_size=vocab_size, n_positions=length, n_head=4)
+    model, ids = GPT2LMHeadModel(config), torch.randint(vocab_size, (batch_size, length))
+
+    def kept(model) -> tuple[int, int]:
+        """Bytes that are kept for the backward pass, and how many tensors of the size of an activation function's."""
+        sizes = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(ids, shift_labels=ids)
+        return sum(sizes.values()), list(sizes.values()).count(of_one)
+
+    of_one = 4 * batch_size * length * 4 * n_embd
+    # inductor's choice of what to keep, without the code that it writes
+    by_compiler, count = kept(torch.compile(model, backend="aot_eager_decomp_partition", fullgraph=True))
+    assert count == 2 * n_layer
+    more = predicted(*shape, compiled=True).peak - predicted(*shape).peak
+    assert more == pytest.approx(n_layer * of_one, rel=0.1)
+    monkeypatch.setattr("llmkit.model.modeling_gpt2.RECOMPUTE_FROM", sys.maxsize)
+    assert by_compiler == pytest.approx(kept(model)[0], rel=0.02)
 
 
 def test_nothing_is_allocated():
