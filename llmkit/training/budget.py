@@ -209,7 +209,9 @@ def _rehearse(make: Callable, model: PreTrainedModel, args: RunArguments, clock:
     try:
         with torch.random.fork_rng():
             some = rehearsal_arguments(args, folder, WARM_UP + MOST)
-            some.learning_rate *= 1e-6  # which hardly moves the weights, so that no step can diverge
+            for rate in {"learning_rate", "muon_learning_rate"} & vars(some).keys():
+                if getattr(some, rate) is not None:  # so small that the weights hardly move and no step can diverge
+                    setattr(some, rate, getattr(some, rate) * 1e-6)
             pace = _timed(make, copy.deepcopy(model), some, clock, PART * 60 * args.train_minutes)
     finally:
         random.setstate(python)

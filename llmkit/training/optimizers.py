@@ -39,8 +39,8 @@ from llmkit.training.mixin import ArgumentsMixin
 
 MUON = "muon"
 
-# Weights whose steps are computed together. In bfloat16 on a CPU, one product of many matrices takes half the time of
-# many products at a width of 128; at 768 it is none the faster, and takes more memory.
+# The most weights whose steps are computed together. In bfloat16 on a CPU, one product of many matrices takes half the
+# time of many products at a width of 128; at 768 it is no faster, and takes more memory.
 AT_ONCE = 2**22
 
 
@@ -97,11 +97,11 @@ def orthogonalize(
 ) -> torch.Tensor:
     """Matrices with the same singular vectors, and singular values near 1: an iteration for each of the coefficients.
 
-    torch has this for its own Muon alone, one matrix at a time and in bfloat16. A processor without such products
-    emulates them: held to AVX2 one took 182 ms for the matrices of a layer 128 wide, and 6 ms in float32.
+    torch has this only inside its own Muon, for one matrix at a time and only in bfloat16. Processors without bfloat16
+    products emulate them: with AVX2 alone, the matrices of a layer 128 wide took 182 ms, and 6 ms in float32.
 
     Args:
-        matrices: (matrices, rows, columns), of any dtype.
+        matrices: (count, rows, columns), of any dtype.
         coefficients: a, b and c of the polynomial a x + b x^3 + c x^5 of the singular values.
         dtype: in which it is computed, and which the result has.
         eps: the least norm that a matrix is divided by.
@@ -122,12 +122,20 @@ class MatrixMuon(Muon):
     Args:
         parameters: the weights, (in, out).
         parts: of each, how many matrices of one size lie side by side in it.
-        dtype: of the iteration; bfloat16 gives torch's own step, bit for bit.
-        how: of torch's Muon.
+        dtype: of the iteration; torch's own is in bfloat16.
+        lr, weight_decay: as torch's Muon has them. Momentum 0.95, Nesterov and 5 iterations are its defaults.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], parts: Sequence[int], dtype: torch.dtype, **how):
-        super().__init__([{"params": parameters, "name": MUON}], adjust_lr_fn="match_rms_adamw", **how)
+    def __init__(
+        self,
+        parameters: Sequence[nn.Parameter],
+        parts: Sequence[int],
+        dtype: torch.dtype,
+        lr: float = 1e-3,
+        weight_decay: float = 0.1,
+    ):
+        groups = [{"params": parameters, "name": MUON}]
+        super().__init__(groups, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts, self.dtype = parts, dtype
 
     @torch.no_grad()
@@ -249,6 +257,8 @@ def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[
     hidden = {id(p) for p in model.get_submodule("transformer.h").parameters() if p.ndim == 2}
     matrices, parts, with_decay, without_decay = [], [], [], []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if id(parameter) in hidden:
             matrices.append(parameter)
             parts.append(3 if name.endswith("attn.c_attn.weight") else 1)
@@ -268,7 +278,7 @@ def create_muon(model: nn.Module, args: OptimizerArguments, decayed: Collection[
         torch.bfloat16 if has_bf16 else torch.float32,
         lr=args.muon_learning_rate,
         weight_decay=args.weight_decay,
-    )  # momentum 0.95, Nesterov, 5 iterations: the defaults, and Jordan's
+    )
     return MuonWithAdamW(adamw, muon)
 
 

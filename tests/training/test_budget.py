@@ -97,6 +97,24 @@ def test_a_budget_that_is_too_small(data, tmp_path):
         fixed(data, tmp_path, Clock(step=20), train_minutes=1)
 
 
+@pytest.mark.parametrize("rates", [{}, {"optim": "muon", "muon_learning_rate": 0.02}])
+def test_a_rehearsal_hardly_moves_a_weight(data, tmp_path, rates):
+    """So that it cannot diverge. At the run's own rate a matrix of Muon's moves by more than its size."""
+    make, model, args = parts(data, tmp_path, max_steps=-1, train_minutes=10, **rates)
+    rehearsed = []
+
+    def watched(model, args):
+        rehearsed.append(make(model, args))
+        return rehearsed[-1]
+
+    clock = Clock()
+    fix_length(clock.drives(watched), model, args, None, clock)
+    before = dict(model.named_parameters())
+    (after,) = (weights(run) for run in rehearsed)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name].detach(), atol=1e-4, rtol=0)
+
+
 def test_it_is_the_run_of_that_many_steps_and_goes_on_as_one(data, tmp_path):
     how = {"save_strategy": "steps", "save_steps": 0.25, "eval_strategy": "steps", "eval_steps": 0.5}
     how |= {"warmup_steps": 0.2}
