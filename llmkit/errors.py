@@ -1,4 +1,4 @@
-"""What a user can mend is said in one line, without a traceback."""
+"""What a user can fix is said in one line, without a traceback."""
 
 import atexit
 import errno
@@ -16,12 +16,13 @@ from llmkit.console import ShownLogRecord, shown
 WRONG_PATH = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENOENT)
 WRONG_PATH += (errno.ENAMETOOLONG, errno.EROFS, errno.ELOOP)
 
-# New objects after which Python looks for garbage; its own 700 suits programs that do not import half a million first.
+# New objects after which Python searches for garbage. With its own default, 700 in Python 3.11, it searches again and
+# again while torch and transformers make half a million objects.
 GARBAGE_THRESHOLD = 10_000
 
 
 class UserError(ValueError):
-    """Something the user gave and can mend.
+    """Something the user gave and can fix.
 
     The message is one line: what was given, what is allowed, what to do. Line breaks, as in a quoted message of
     another library, become spaces.
@@ -59,8 +60,10 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapper(*args, **kwargs) -> None:
         logging.setLogRecordFactory(ShownLogRecord)
-        gc.set_threshold(GARBAGE_THRESHOLD)  # a second less of importing torch and transformers
-        atexit.register(gc.freeze)  # the end looks at none of their objects again, which takes 1.5 seconds
+        gc.set_threshold(GARBAGE_THRESHOLD)  # saves a second of importing torch and transformers
+        # Otherwise Python searches all their objects once more at exit, which takes 1.5 seconds. What only a reference
+        # cycle still holds then is not finalized: a file that is to be whole has to be closed.
+        atexit.register(gc.freeze)
         try:
             main(*args, **kwargs)
         except UserError as error:

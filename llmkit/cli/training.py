@@ -39,7 +39,9 @@ def run_recipe(kind: RecipeKind, argv: list[str]) -> None:
             f"no recipe: give its file or name first, as in `llmkit {kind.command} {quickstart}` "
             f"(see llmkit {kind.command} --help)"
         )
-    launcher = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    from llmkit.cli import Parser
+
+    launcher = Parser(prog=f"llmkit {kind.command}", add_help=False, allow_abbrev=False)
     launcher.add_argument("--config_file")
     launcher.add_argument("--num_processes")
     launch, fields = launcher.parse_known_args(argv)

@@ -54,6 +54,7 @@ MISTAKES = [
     ("-m llmkit audit sft_qlora --max_lenght 3", "did you mean --max_length"),
     ("-m llmkit lr-find --config recipes/pretrain_nope.yaml", "no such file"),
     ("-m llmkit train", "no recipe"),
+    ("-m llmkit train pretrain_quickstart --num_processes", "--num_processes: expected one argument"),
     ("-m llmkit train recipes/nope.yaml", "no such file"),
     ("-m llmkit train recipes/pretrain_quickstart.yaml --lr_schedule sine", "invalid choice"),
     ("-m llmkit train recipes/sft_qlora.yaml", "llmkit sft"),
