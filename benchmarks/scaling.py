@@ -10,7 +10,7 @@ of the all-reduce, and not a speed-up, which needs cores of their own.
 On paper, a step of N ranks with P parameters, float32 masters and bf16 autocast, AdamW:
 
     DDP      sends 2 (N-1)/N x 4P bytes a rank (ring all-reduce of float32 gradients);
-             holds 16P bytes a rank: parameters, gradients, two moments, each float32
+             holds 20P bytes a rank: parameters, gradients, two moments and DDP's buckets, each float32
     FSDP2    sends (N-1)/N x (2 x 2P + 4P) bytes a rank a micro-batch: all-gather of bf16 parameters for forward and
              again for backward, reduce-scatter of float32 gradients;
              holds 16P/N bytes a rank, and one block's parameters gathered
@@ -47,8 +47,13 @@ def sent_by_fsdp(parameters: int, ranks: int) -> float:
 
 
 def held_by_ddp(parameters: int) -> float:
-    """Bytes of parameters, gradients and Adam's two moments on a rank."""
-    return 4 * FLOAT32 * parameters
+    """Bytes of a rank's parameters, gradients, two moments of Adam, and buckets, which are a copy of the gradients."""
+    return 5 * FLOAT32 * parameters
+
+
+def held_by_fsdp(parameters: int, ranks: int) -> float:
+    """Bytes of a rank's part of parameters, gradients and Adam's two moments."""
+    return 4 * FLOAT32 * parameters / ranks
 
 
 def print_paper(options: argparse.Namespace) -> None:
@@ -67,7 +72,7 @@ def print_paper(options: argparse.Namespace) -> None:
             row = f"{preset:>13}{ranks:>13}"
             ways = (
                 (sent_by_ddp(parameters, ranks), held_by_ddp(parameters)),
-                (sent_by_fsdp(parameters, ranks), held_by_ddp(parameters) / ranks),
+                (sent_by_fsdp(parameters, ranks), held_by_fsdp(parameters, ranks)),
             )
             for sent, held in ways:
                 sending = sent / (options.link_gbytes * 1e9)

@@ -5,6 +5,7 @@ imported, so that a mistake is answered at once.
 """
 
 import importlib
+import re
 import sys
 import textwrap
 from collections import defaultdict
@@ -197,7 +198,8 @@ def help_text(kind: RecipeKind, everything: bool) -> str:
         ),
     ]
     for owner, fields in (by_class if everything else own).items():
-        subject = owner.rpartition(".")[2].removesuffix("Arguments")
+        subject = re.sub("(?<=[a-z])[A-Z]", lambda m: f" {m[0].lower()}", owner.rpartition(".")[2])
+        subject = subject.removesuffix(" arguments").removesuffix("Arguments")
         parts.append("\n".join([f"{subject}:", *(_option(field) for field in fields)]))
     if not everything:
         count = sum(map(len, by_class.values())) - sum(map(len, own.values()))

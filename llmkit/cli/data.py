@@ -87,7 +87,7 @@ def add_commands(nouns) -> None:
         "--slurm",
         nargs="+",
         metavar="OPTION=VALUE",
-        help="What sbatch is told, such as partition=cpu time=4:00:00 mem-per-cpu=4G. The first two are needed.",
+        help="Options for sbatch, such as partition=cpu time=4:00:00 mem-per-cpu=4G. The first two are needed.",
     )
     prepare.set_defaults(command=_prepare_shards)
 

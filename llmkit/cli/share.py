@@ -22,9 +22,9 @@ def add_commands(nouns) -> None:
     )
     push.add_argument("checkpoint", help="The folder of a run, of one of its checkpoints, or of any saved model.")
     push.add_argument(
-        "repository", help="The name of the repository, such as me/model. It is made if it does not exist."
+        "repository", help="The name of the repository, such as me/model. It is created if it does not exist."
     )
-    push.add_argument("--public", action="store_true", help="Let everybody see a repository that is made.")
+    push.add_argument("--public", action="store_true", help="Make a repository public when it is created.")
     push.add_argument("--revision", help="Push to this branch, which is made if it does not exist (default: main).")
     push.add_argument("--license", help="The license for the model card, as the Hub names it, such as apache-2.0.")
     push.add_argument("--base", help="The base model's name on the Hub, if the adapter was trained on a local folder.")

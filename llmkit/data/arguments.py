@@ -79,7 +79,8 @@ class DataArguments:
     shard_group: int | None = field(
         default=None,
         metadata={
-            "help": "Shuffle the windows of so many consecutive shards together. By default of all, at a URL of 4."
+            "help": "Shuffle the windows of this many consecutive shards together. The default is all shards, or 4 if "
+            "the shards are at a URL."
         },
     )
     shard_cache_gb: float = field(

@@ -65,7 +65,7 @@ class MergeParts(PipelineStep):
 
 @contextmanager
 def _logged_in_one_line() -> Iterator[None]:
-    """Keep datatrove from writing a traceback of what a user can mend."""
+    """Keep datatrove from writing a traceback of what a user can fix."""
     logger.enable("datatrove.executor")  # a worker does several tasks
     try:
         yield
@@ -174,7 +174,8 @@ def prepare_in_tasks(
     if isinstance(place, LocalPlace) and (failed := run.get_incomplete_ranks()):
         raise UserError(
             f"{place}: {len(failed):,} of {tasks:,} tasks failed, the first is task {failed[0]} (its log is "
-            f"{logs}/tasks/logs/task_{failed[0]:05d}.log): mend it and give the command again, only these are run"
+            f"{logs}/tasks/logs/task_{failed[0]:05d}.log): fix the cause and give the "
+            "command again; only these tasks are run"
         )
     return parts.merge()
 

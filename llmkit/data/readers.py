@@ -180,7 +180,7 @@ def _read_json(file: str, text_column: str) -> Iterator[str]:
                     break
             if text is not None and not isinstance(text, str):
                 raise UserError(
-                    f"{file}: row {number}: {text_column!r} holds {json.dumps(text)[:40]}, not text: mend the row, or "
+                    f"{file}: row {number}: {text_column!r} holds {json.dumps(text)[:40]}, not text: fix the row, or "
                     f"set text_column to one of: {', '.join(columns)}"
                 )
             if text:

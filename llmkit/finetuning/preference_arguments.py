@@ -70,7 +70,7 @@ class DPOArguments(RunArguments, DPOConfig):
         default_factory=list,
         metadata={"help": "Questions answered at each evaluation. Without any, two of the held-out ones are taken."},
     )
-    sample_tokens: int = field(default=128, metadata={"help": "Length of the answers, in tokens, if they go on."})
+    sample_tokens: int = field(default=128, metadata={"help": "The longest sample answer, in tokens."})
     length_prompts: int = field(
         default=16,
         metadata={"help": "Held-out prompts answered at each evaluation, to log how long answers are; 0: none."},
@@ -78,14 +78,17 @@ class DPOArguments(RunArguments, DPOConfig):
     max_chosen_drop: float = field(
         default=0.1,
         metadata={
-            "help": "Warn where held-out preferred answers are less likely than under the reference by more than so "
-            "many nats per token."
+            "help": "Warn where held-out preferred answers are less likely than under the reference by more than "
+            "this many nats per token."
         },
     )
 
     # Other defaults than DPOConfig's, each for a reason.
     activation_checkpointing: bool | None = field(
-        default=True, metadata={"help": "Recompute activations in the backward pass: slower by a fifth, far smaller."}
+        default=True,
+        metadata={
+            "help": "Recompute activations in the backward pass. This takes a fifth longer and far less memory."
+        },
     )
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate before the first step, to compare with."})
 
@@ -149,7 +152,8 @@ class PreferenceModelArguments(AdapterArguments):
         metadata={"help": "A causal LM to put a new adapter on, or where an adapter's base is now."},
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "An SFT run's folder, or an adapter on the Hub: what is trained on."}
+        default=None,
+        metadata={"help": "The adapter to start from: the folder of an SFT run, or an adapter on the Hub."},
     )
 
     @property

@@ -327,7 +327,7 @@ def test_a_table_without_text_is_no_corpus(tmp_path):
     [
         ('{"text": "a"}\n{"text": 1}', "row 2: 'text' holds 1, not text"),
         ('{"text": ["a"]}', "row 1: 'text' holds .*a.*, not text"),
-        ('{"text": {"a": 1}}', "not text: mend the row, or set text_column to one of: text"),
+        ('{"text": {"a": 1}}', "not text: fix the row, or set text_column to one of: text"),
         ('{"text": true}', "holds true, not text"),
         ("null", "row 1 is not an object"),  # a segmentation fault in Arrow
         ('{"text": "a"}\n"b"', "row 2 is not an object"),
