@@ -85,13 +85,14 @@ def test_trainer_and_bare_loop_take_turns():
 
 
 def test_bytes_sent_and_held():
-    from scaling import held_by_ddp, sent_by_ddp, sent_by_fsdp
+    from scaling import held_by_ddp, held_by_fsdp, sent_by_ddp, sent_by_fsdp
 
     parameters = 1_000
     assert sent_by_ddp(parameters, 1) == sent_by_fsdp(parameters, 1) == 0
     assert sent_by_ddp(parameters, 2) == 4_000  # half of the gradient to the other rank, and half of the sum
     assert sent_by_fsdp(parameters, 2) == 4_000  # a half of 2,000 bytes, twice, and of 4,000 once
-    assert held_by_ddp(parameters) == 16_000
+    assert held_by_ddp(parameters) == 20_000
+    assert held_by_fsdp(parameters, 4) == 4_000
 
 
 def test_command_line_prints_a_table_of_processes_that_took_turns(tmp_path):
