@@ -78,7 +78,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "NorMuon": Variant("each row of a step divided by its running root mean square", tricks=Tricks(normalized=0.95)),
     "NorMuon, no state": Variant("NorMuon with the step's own root mean square", tricks=Tricks(normalized=0.0)),
-    "equal rows": Variant("the same, and a step's size exactly AdamW's", tricks=Tricks(equal_rows=True)),
+    "equal rows": Variant("NorMuon, no state, with steps of exactly AdamW's size", tricks=Tricks(equal_rows=True)),
     "Polar Express": Variant(
         "the coefficients of Amsel et al., 5 iterations", tricks=Tricks(coefficients=POLAR_EXPRESS)
     ),
@@ -146,6 +146,16 @@ VARIANTS: dict[str, Variant] = {
         tricks=Tricks(equal_rows=True, split_qkv=True),
     ),
     "equal rows, split QKV": Variant("both", tricks=Tricks(equal_rows=True, split_qkv=True)),
+    "linear, AdamW x 2, split QKV": Variant(
+        "the quickstart's recipe now: all three, with AdamW's rate doubled",
+        recipe={"lr_schedule": "linear"},
+        tricks=Tricks(token_rate=2.0, position_rate=2.0, vector_rate=2.0, split_qkv=True),
+    ),
+    "linear, AdamW x 2, split QKV, momentum 0.9": Variant(
+        "the quickstart's recipe now, with Muon's momentum 0.9",
+        recipe={"lr_schedule": "linear"},
+        tricks=Tricks(token_rate=2.0, position_rate=2.0, vector_rate=2.0, split_qkv=True, momentum=0.9),
+    ),
     "half batch, NorMuon, momentum 0.9": Variant(
         "all three", recipe={"batch": 0.5}, tricks=Tricks(normalized=0.95, momentum=0.9)
     ),
