@@ -10,7 +10,7 @@ import tempfile
 from pathlib import Path
 
 from llmkit.planning.hardware import Hardware
-from llmkit.planning.plan import Assumptions, Plan, amount
+from llmkit.planning.plan import Assumptions, Plan, amount, amounts
 from llmkit.planning.recipe_plan import plan_recipe
 from llmkit.recipe_kinds import PRETRAIN, kind_of, parse_recipe, recipe_path
 
@@ -68,7 +68,6 @@ def row(name: str, gpu: str | None, gpus: int) -> str:
     memory = found.memory
     parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
     parts |= {"DDP": found.communication, "activations": memory.activations, "loss": memory.loss_chunk}
-    sizes = " + ".join(f"{name} {amount(size)}" for name, size in parts.items() if size >= 5e4)
     unknown = "as many as fit" if found.hours else "known from the data"
     tokens = unknown if found.tokens is None else f"{found.tokens:.2e}"
     if found.tokens and found.sizes.trained == found.sizes.parameters:
@@ -77,7 +76,7 @@ def row(name: str, gpu: str | None, gpus: int) -> str:
     time = unknown if found.hours is None else found.duration
     disk = f"{found.checkpoints or ''} checkpoints of {amount(found.checkpoint)}".strip()
     disk += f", shards of {amount(found.shards)}" if found.shards and gpu else ""
-    cells = [f"`{name}`", f"{gpus} x {gpu}" if gpu else "a CPU", tokens, f"{amount(found.peak)}: {sizes}"]
+    cells = [f"`{name}`", f"{gpus} x {gpu}" if gpu else "a CPU", tokens, f"{amount(found.peak)}: {amounts(parts)}"]
     cells += [found.fits or "no", str(found.largest_micro_batch)] if gpu else ["", ""]
     return f"| {' | '.join([*cells, time, disk])} |\n"
 

@@ -1,6 +1,6 @@
 """What a run will take: the figures, as a table for people and as JSON for scripts."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -135,12 +135,11 @@ class Plan:
         of, sizes = self.hardware, self.sizes
         named = asdict(self.memory) | {"DDP buckets": self.communication}
         named["the loss's chunk"] = named.pop("loss_chunk")
-        parts = (f"{name} {amount(size)}" for name, size in named.items() if size >= 5e4)
         fits = f"it fits {self.fits}" if self.fits else "it does not fit: take a smaller model or more memory"
         return [
             ("hardware", f"{of.count} x {of.name}, {amount(of.memory)} each"),
             ("step", f"{sizes.micro_batch} x {sizes.row} tokens on each device at a time, {sizes.accumulation} times"),
-            ("memory", " + ".join(parts)),
+            ("memory", amounts(named)),
             ("", f"= {amount(self.peak)} on each device, {self.peak / of.memory:.0%} of its memory"),
             ("", f"{fits}; the largest micro-batch that fits is {self.largest_micro_batch}"),
         ]
@@ -160,6 +159,11 @@ def amount(size: float) -> str:
     if size < 1e8:
         return f"{size / 1e6:.1f} MB"
     return f"{size / 1e9:.2f} GB" if size < 2e10 else f"{size / 1e9:,.0f} GB"
+
+
+def amounts(parts: Mapping[str, int]) -> str:
+    """Named bytes as a sum for people, without those that are too few for `amount`, which would say 0.0 MB."""
+    return " + ".join(f"{name} {amount(size)}" for name, size in parts.items() if size >= 5e4)
 
 
 def make_plan(
